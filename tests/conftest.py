@@ -1,0 +1,42 @@
+"""Shared words and networks. Real names throughout: names.txt where it is, else the bundled list."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+import torch
+
+import convwave as cw
+
+torch.set_num_threads(1)  # small tensors: two threads are slower than one, and far slower on a busy machine
+
+
+@pytest.fixture(scope="session")
+def words() -> cw.Words:
+    return cw.load_words()
+
+
+@pytest.fixture(scope="session")
+def names_txt(words: cw.Words) -> cw.Words:
+    """The post's own data; a test that quotes the post's figures needs it."""
+    if not words.is_names_txt:
+        pytest.skip("the post's names.txt is not here: set CONVWAVE_DATA or run 'convwave data fetch'")
+    return words
+
+
+@pytest.fixture(scope="session")
+def some_words(words: cw.Words) -> list[str]:
+    """120 names, with repeats, a one-letter name and an empty one."""
+    chosen = random.Random(1).sample(words.words, 114)
+    return [*chosen, *chosen[:4], "a", ""]
+
+
+@pytest.fixture(scope="session")
+def vocab(words: cw.Words) -> cw.Vocabulary:
+    return cw.Vocabulary.from_words(words.words)
+
+
+@pytest.fixture(scope="session")
+def packed(some_words: list[str], vocab: cw.Vocabulary) -> cw.Packed:
+    return cw.pack(some_words, vocab)
