@@ -1,0 +1,88 @@
+"""Comparing a convolution with a windowed network."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+import convwave as cw
+from convwave import reference
+
+GRAPHS = [cw.windowed_graph, cw.dense_graph, cw.distinct_graph]
+# DESIGN.md's contract for float64: 1e-10 relative. Sums of some 1e4 terms of size 1 round to about 1e-14.
+RELATIVE = 1e-10
+
+
+def per_position(logits: Tensor, graph: cw.Graph) -> Tensor:
+    """Logits of every packed position, whatever the graph."""
+    return logits if graph.inverse is None else logits[graph.inverse]
+
+
+def relative_error(got: Tensor, expected: Tensor) -> float:
+    """Largest absolute difference over the largest absolute value of what was expected."""
+    got, expected = got.detach().double(), expected.detach().double()
+    return float((got - expected).abs().max() / expected.abs().max().clamp(min=1e-30))
+
+
+def randomize(mlp: reference.Sequential, seed: int) -> reference.Sequential:
+    """Give every parameter and running statistic a value of its own, so that none is neutral (0 or 1)."""
+    generator = torch.Generator().manual_seed(seed)
+    for p in mlp.parameters():
+        p.data += 0.3 * torch.randn(p.shape, generator=generator, dtype=torch.float32).to(p.dtype)
+    for norm in mlp.norms():
+        norm.running_mean = norm.running_mean + torch.randn(norm.running_mean.shape, generator=generator)
+        norm.running_var = norm.running_var * (0.5 + torch.rand(norm.running_var.shape, generator=generator))
+    return mlp
+
+
+@torch.no_grad()
+def relative_bound(mlp: reference.Sequential, windows: Tensor) -> float:
+    """The relative difference that rounding alone can make in float64: 1e-10, more where BatchNorm amplifies it.
+
+    A channel of batch variance v is multiplied by ``(v + 1e-5) ** -0.5``: by 316 where all windows are equal. Rounding
+    (2.2e-16, of some 16 sums) grows by that factor at every level, in any order of evaluation.
+    """
+    amplification = 1.0
+    x = windows
+    for layer in mlp.layers:
+        if isinstance(layer, reference.BatchNorm1d) and layer.training:
+            variance = x.flatten(0, -2).var(0)
+            amplification *= max(1.0, float((layer.gamma.abs() * (variance + layer.eps).rsqrt()).max()))
+            scale = layer.gamma * (variance + layer.eps).rsqrt()
+            x = (x - x.flatten(0, -2).mean(0)) * scale + layer.beta
+        else:
+            x = layer(x)
+    return max(RELATIVE, 16 * 2.2e-16 * amplification)
+
+
+def windowed_pass(
+    mlp: reference.Sequential, packed: cw.Packed, counts: Tensor | None = None
+) -> tuple[Tensor, Tensor, list[Tensor]]:
+    """Logits of every position, loss and gradients of the windowed network.
+
+    Counts are carried out literally: a window that counts twice stands in the batch twice.
+    """
+    windows = reference.build_windows(packed, mlp.block_size)
+    repeats = torch.ones(len(packed), dtype=torch.int64) if counts is None else counts
+    rows = torch.arange(len(packed)).repeat_interleave(repeats)
+    for p in mlp.parameters():
+        p.grad = None
+    logits = mlp(windows.inputs[rows])
+    loss = F.cross_entropy(logits, windows.targets[rows])
+    loss.backward()
+    gradients = [p.grad if p.grad is not None else torch.zeros_like(p) for p in mlp.parameters()]
+    return logits, loss.detach(), gradients
+
+
+def as_reference_gradients(model: cw.ConvWave) -> list[Tensor]:
+    """The convolution's gradients in the order and the layouts of the windowed network's parameters."""
+
+    def grad(p: Tensor) -> Tensor:
+        return torch.zeros_like(p) if p.grad is None else p.grad
+
+    result = [grad(model.embedding.weight)]
+    for block in model.layers:
+        result.append(grad(block.conv.weight).permute(2, 1, 0).flatten(0, 1))
+        result += [grad(block.norm.weight), grad(block.norm.bias)]
+    return [*result, grad(model.head.weight).T, grad(model.head.bias)]
