@@ -1,0 +1,288 @@
+"""Evaluation graphs: three ways to evaluate one network, exactly.
+
+The network is a tree over the last 2^L tokens of a position: level l joins pairs of level-l activations. A *graph*
+lists, for every level, which rows of the level below each row reads (its *taps*, oldest first), and how many windows
+contain it (its *weight*):
+
+- windowed: every position has a tree of its own, 2^L - 1 nodes, nothing shared: the cost of the post's network;
+- dense: one row for every position of every word and level, taps at t - 2^l and t, clamped at the word's first
+  position: the dilated causal convolution;
+- distinct: one row for every *distinct* subcontext.
+
+The clamp is exact. Position 0 of a word has read nothing but token 0, so its activation is the activation of an
+all-padding subtree at every level; whatever lies before it in a window is that subtree again.
+
+Levels need not be pairs: `factors=(4, 2)` joins four, then two (kernel sizes 4 and 2, dilations 1 and 4).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from convwave.data import Packed
+
+Kind = Literal["windowed", "dense", "distinct"]
+
+
+@dataclass(frozen=True)
+class Graph:
+    """Which rows each level computes, and from what.
+
+    Attributes:
+        kind: how rows were chosen; the layers do not look at it.
+        factors: taps of each level; level l has dilation ``prod(factors[:l])``.
+        tokens: (N_0,) int64, the bottom rows.
+        taps: per level l, (factors[l], N_{l+1}) int64, rows of level l, oldest tap first.
+        weights: per level l, (N_{l+1},) float64, how many windows contain the row; 0 is allowed.
+        totals: per level l, sum of the weights.
+        target_ids: (M,) int64, predicted tokens.
+        target_counts: (M,) float64, how often.
+        target_rows: (M,) int64, top row of each target; None where target m belongs to row m.
+        inverse: (N,) int64, top row of each packed position; None where it is the position itself.
+    """
+
+    kind: Kind
+    factors: tuple[int, ...]
+    tokens: Tensor
+    taps: tuple[Tensor, ...]
+    weights: tuple[Tensor, ...]
+    totals: tuple[float, ...]
+    target_ids: Tensor
+    target_counts: Tensor
+    target_rows: Tensor | None = None
+    inverse: Tensor | None = None
+
+    @property
+    def levels(self) -> int:
+        return len(self.factors)
+
+    @property
+    def context(self) -> int:
+        """Tokens that a position sees, itself included."""
+        return math.prod(self.factors)
+
+    @property
+    def left(self) -> tuple[Tensor, ...]:
+        """Per level, the row of the oldest tap."""
+        return tuple(taps[0] for taps in self.taps)
+
+    @property
+    def right(self) -> tuple[Tensor, ...]:
+        """Per level, the row of the newest tap."""
+        return tuple(taps[-1] for taps in self.taps)
+
+    @property
+    def num_rows(self) -> int:
+        """Rows of the top level: rows of the logits."""
+        return self.weights[-1].numel()
+
+    @property
+    def num_nodes(self) -> int:
+        """Rows of all levels above the tokens: node evaluations."""
+        return sum(w.numel() for w in self.weights)
+
+    def to(self, device: torch.device | str) -> Graph:
+        """The same graph on another device."""
+
+        def move(value: Any) -> Any:
+            if isinstance(value, Tensor):
+                return value.to(device)
+            if isinstance(value, tuple):
+                return tuple(move(v) for v in value)
+            return value
+
+        return replace(self, **{f.name: move(getattr(self, f.name)) for f in fields(self)})
+
+
+def dense_graph(
+    packed: Packed, levels: int = 3, counts: Tensor | None = None, *, factors: Sequence[int] | None = None
+) -> Graph:
+    """One row per packed position and level: the dilated causal convolution. Row n is packed position n.
+
+    Args:
+        packed: N positions.
+        levels: number of pairwise levels; the context is ``2 ** levels`` tokens.
+        counts: (N,) how often each position's window counts, >= 0 and finite; None means once.
+        factors: taps per level instead of ``levels`` times 2.
+
+    Raises:
+        ValueError: no position, or a bad `levels`, `factors` or `counts`.
+    """
+    factors, counts = _check(packed, levels, counts, factors)
+    taps = tuple(_dense_taps(packed, factors))
+    return _graph("dense", factors, packed.tokens, taps, counts, packed.targets)
+
+
+def windowed_graph(
+    packed: Packed, levels: int = 3, counts: Tensor | None = None, *, factors: Sequence[int] | None = None
+) -> Graph:
+    """A tree of its own for every packed position, as the post evaluates it. Row n is packed position n.
+
+    Arguments and errors as for `dense_graph`.
+    """
+    factors, counts = _check(packed, levels, counts, factors)
+    context = math.prod(factors)
+    back = torch.arange(context - 1, -1, -1, device=packed.tokens.device)
+    index = torch.arange(len(packed), device=packed.tokens.device)
+    window = torch.maximum(index[:, None] - back, _first(packed)[:, None])  # (N, context)
+    taps, rows = [], window.numel()
+    for factor in factors:
+        taps.append(torch.arange(rows, device=window.device).view(-1, factor).T)
+        rows //= factor
+    return _graph("windowed", factors, packed.tokens[window.flatten()], tuple(taps), counts, packed.targets)
+
+
+def distinct_graph(
+    packed: Packed, levels: int = 3, counts: Tensor | None = None, *, factors: Sequence[int] | None = None
+) -> Graph:
+    """One row per distinct subcontext; `inverse` maps packed positions to rows of the top level.
+
+    Arguments and errors as for `dense_graph`.
+    """
+    factors, counts = _check(packed, levels, counts, factors)
+    tokens, ids = torch.unique(packed.tokens, return_inverse=True)
+    rows, taps = tokens.numel(), []
+    for dense in _dense_taps(packed, factors):
+        below = ids[dense]  # (factor, N), distinct rows of the level below
+        ids, num, first = _distinct(below, rows)
+        taps.append(below[:, first])
+        rows = num
+    top = torch.zeros(rows, dtype=torch.float64, device=ids.device).index_add_(0, ids, counts)
+    vocabulary = int(packed.targets.max()) + 1
+    keys, target = torch.unique(ids * vocabulary + packed.targets, return_inverse=True)
+    target_counts = torch.zeros(keys.numel(), dtype=torch.float64, device=ids.device).index_add_(0, target, counts)
+    return _graph(
+        "distinct", factors, tokens, tuple(taps), top, keys % vocabulary, target_counts, keys // vocabulary, ids
+    )
+
+
+def select_windows(graph: Graph, positions: Tensor, targets: Tensor) -> Graph:
+    """The part of a graph that the windows of some packed positions need, each drawn position counted once.
+
+    This is how a batch of random windows is fed to the convolution: a position drawn twice counts twice.
+
+    Args:
+        graph: any graph of the packed words.
+        positions: (M,) int64 packed positions, at least one, repeats allowed.
+        targets: (M,) int64 what each of them predicts.
+
+    Returns:
+        A graph of kind "distinct"; its `inverse` maps the M draws to its top rows.
+    """
+    if positions.numel() == 0 or targets.shape != positions.shape:
+        raise ValueError(f"positions, targets: expected equal shapes (M,), got {positions.shape}, {targets.shape}")
+    rows = positions if graph.inverse is None else graph.inverse[positions]
+    kept, inverse = torch.unique(rows, return_inverse=True)
+    counts = torch.bincount(inverse, minlength=kept.numel()).double()
+    taps: list[Tensor] = []
+    for level in reversed(graph.taps):
+        kept, local = torch.unique(level[:, kept], return_inverse=True)
+        taps.insert(0, local)
+    ones = torch.ones(targets.shape, dtype=torch.float64, device=targets.device)
+    tokens = graph.tokens[kept]
+    return _graph("distinct", graph.factors, tokens, tuple(taps), counts, targets, ones, inverse, inverse)
+
+
+def multiplicities(taps: Sequence[Tensor], counts: Tensor, rows_below: Sequence[int]) -> tuple[Tensor, ...]:
+    """How many windows contain each row of every level, from the counts of the top rows downward.
+
+    Args:
+        taps: per level, (k, N_{l+1}) rows of level l.
+        counts: (N_L,) float64 counts of the top rows.
+        rows_below: per level, N_l.
+
+    Returns:
+        Per level l, (N_{l+1},) float64.
+    """
+    weights = [counts]
+    for level in range(len(taps) - 1, 0, -1):
+        below = counts.new_zeros(rows_below[level])
+        for tap in taps[level]:
+            below.index_add_(0, tap, weights[0])
+        weights.insert(0, below)
+    return tuple(weights)
+
+
+def _graph(
+    kind: Kind,
+    factors: tuple[int, ...],
+    tokens: Tensor,
+    taps: tuple[Tensor, ...],
+    counts: Tensor,
+    target_ids: Tensor,
+    target_counts: Tensor | None = None,
+    target_rows: Tensor | None = None,
+    inverse: Tensor | None = None,
+) -> Graph:
+    rows_below = [tokens.numel(), *(t.shape[1] for t in taps[:-1])]
+    weights = multiplicities(taps, counts, rows_below)
+    # each of the levels above joins `factor` rows into one, so the totals follow from the top one
+    totals = [float(counts.sum())]
+    for factor in reversed(factors[1:]):
+        totals.insert(0, totals[0] * factor)
+    if target_counts is None:
+        target_counts = counts
+    return Graph(kind, factors, tokens, taps, weights, tuple(totals), target_ids, target_counts, target_rows, inverse)
+
+
+def _check(
+    packed: Packed, levels: int, counts: Tensor | None, factors: Sequence[int] | None
+) -> tuple[tuple[int, ...], Tensor]:
+    if factors is None:
+        if levels < 1:
+            raise ValueError(f"levels: expected at least 1, got {levels}")
+        factors = (2,) * levels
+    if not factors or any(f < 2 for f in factors):
+        raise ValueError(f"factors: expected one number >= 2 per level, got {tuple(factors)}")
+    n = len(packed)
+    if n == 0:
+        raise ValueError("packed: expected at least one position, got none")
+    if counts is None:
+        return tuple(factors), torch.ones(n, dtype=torch.float64, device=packed.tokens.device)
+    if counts.shape != (n,):
+        raise ValueError(f"counts: expected shape ({n},), one per packed position, got {tuple(counts.shape)}")
+    counts = counts.to(packed.tokens.device, torch.float64)
+    if not bool(((counts >= 0) & counts.isfinite()).all()):
+        raise ValueError("counts: expected finite numbers >= 0")
+    return tuple(factors), counts
+
+
+def _first(packed: Packed) -> Tensor:
+    """(N,) the row of the first position of each position's word."""
+    cu = packed.cu_seqlens
+    return torch.repeat_interleave(cu[:-1], cu.diff(), output_size=len(packed))
+
+
+def _dense_taps(packed: Packed, factors: Sequence[int]) -> list[Tensor]:
+    index = torch.arange(len(packed), device=packed.tokens.device)
+    first = _first(packed)
+    taps, dilation = [], 1
+    for factor in factors:
+        offsets = [(factor - 1 - j) * dilation for j in range(factor)]
+        taps.append(torch.stack([torch.maximum(index - offset, first) for offset in offsets]))
+        dilation *= factor
+    return taps
+
+
+def _distinct(columns: Tensor, bound: int) -> tuple[Tensor, int, Tensor]:
+    """Number the distinct columns of a (k, N) matrix of ids below `bound`.
+
+    Returns:
+        (N,) the number of each column, how many there are, and for each number the first column that has it.
+    """
+    key, span = columns[0], bound
+    for row in columns[1:]:
+        if span * bound >= 2**62:
+            _, key = torch.unique(key, return_inverse=True)
+            span = int(key.max()) + 1
+        key, span = key * bound + row, span * bound
+    unique, ids = torch.unique(key, return_inverse=True)
+    index = torch.arange(ids.numel(), device=ids.device)
+    first = torch.full_like(unique, ids.numel()).scatter_reduce_(0, ids, index, "amin")
+    return ids, unique.numel(), first
