@@ -1,0 +1,528 @@
+"""Training: one loop for the post's windowed networks and for the convolution, which survives being killed.
+
+A `Run` holds everything that changes from step to step and can write it down and take it up again; `train` drives it,
+saves it now and then to ``state.safetensors``, and at the end writes the results. On a CPU a run that was killed at
+any moment and resumed ends in the same bits as one that was not.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from convwave import functional, plotting, reference
+from convwave.checkpoint import CheckpointError, read_tensors, write_atomic, write_tensors
+from convwave.convert import from_windowed, to_windowed
+from convwave.data import Packed, Vocabulary, Words, pack, split_words
+from convwave.evaluation import EvaluationSet, SplitLoss
+from convwave.graph import Graph, distinct_graph, select_windows
+from convwave.nn import ConvWave
+from convwave.optim import Muon
+from convwave.recipes import PUBLISHED, RECIPES
+
+STATE_FORMAT = "convwave.state.1"
+STATE_FILE, MODEL_FILE, RESULT_FILE = "state.safetensors", "model.safetensors", "result.json"
+MODELS = ("convwave", *PUBLISHED)
+
+
+class UsageError(ValueError):
+    """Arguments that do not go together; the message is one line."""
+
+
+class Diverged(RuntimeError):
+    """The loss or the weights are no longer finite."""
+
+
+class Interrupted(RuntimeError):
+    """The user asked to stop; the state is saved."""
+
+
+@dataclass(frozen=True)
+class Config:
+    """What is trained and how. Two runs of equal configuration on equal data and device give equal weights.
+
+    Attributes:
+        model: "convwave", or one of the post's windowed networks: "mlp3", "mlp8", "hierarchical".
+        recipe: a name in `recipes.RECIPES`.
+        steps, batch: of the recipe unless given.
+        seed: of weights and batches; the windowed networks draw both from one generator, as the post does.
+    """
+
+    model: str
+    recipe: str
+    steps: int
+    batch: int
+    seed: int
+    n_embd: int
+    n_hidden: int
+    levels: int
+    device: str = "cpu"
+
+    @classmethod
+    def make(
+        cls,
+        model: str = "convwave",
+        recipe: str | None = None,
+        *,
+        steps: int | None = None,
+        batch: int | None = None,
+        seed: int | None = None,
+        n_embd: int | None = None,
+        n_hidden: int | None = None,
+        levels: int | None = None,
+        device: str | None = None,
+    ) -> Config:
+        """Fill in what is None from the recipe.
+
+        Raises:
+            UsageError: an unknown name, a number out of range, or a recipe that does not train this network.
+        """
+        if model not in MODELS:
+            raise UsageError(f"model: expected one of {', '.join(MODELS)}, got {model!r}")
+        recipe = recipe or ("fast" if model == "convwave" else "blog")
+        if recipe not in RECIPES:
+            raise UsageError(f"recipe: expected one of {', '.join(RECIPES)}, got {recipe!r}")
+        chosen = RECIPES[recipe]
+        if model in PUBLISHED:
+            if recipe != "blog":
+                raise UsageError(f"recipe: {model} is trained by 'blog' only, got {recipe!r}")
+            if (n_embd, n_hidden, levels) != (None, None, None):
+                raise UsageError(f"n_embd, n_hidden, levels: fixed for {model}, they are the post's")
+        width, depth = chosen.n_hidden, chosen.levels
+        if model in PUBLISHED:
+            width, depth = PUBLISHED[model].n_hidden, len(PUBLISHED[model].factors)
+        config = cls(
+            model=model,
+            recipe=recipe,
+            steps=chosen.steps if steps is None else steps,
+            batch=chosen.batch if batch is None else batch,
+            seed=(42 if recipe == "blog" else 0) if seed is None else seed,
+            n_embd=chosen.n_embd if n_embd is None else n_embd,
+            n_hidden=width if n_hidden is None else n_hidden,
+            levels=depth if levels is None else levels,
+            device=device or "cpu",
+        )
+        for name, low in {"steps": 1, "batch": 1, "n_embd": 1, "n_hidden": 1, "levels": 1, "seed": 0}.items():
+            if getattr(config, name) < low:
+                raise UsageError(f"{name}: expected at least {low}, got {getattr(config, name)}")
+        if config.levels > 12:
+            raise UsageError(f"levels: expected at most 12 (a context of 4096), got {config.levels}")
+        return config
+
+    @property
+    def factors(self) -> tuple[int, ...]:
+        return PUBLISHED[self.model].factors if self.model in PUBLISHED else (2,) * self.levels
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What changes from step to step
+
+
+class Run(Protocol):
+    """A training under way."""
+
+    positions: int  # predicted by the last step
+
+    def step(self, i: int) -> float:
+        """Do step `i`, return its loss."""
+
+    def finish(self) -> ConvWave:
+        """The trained network, ready to evaluate."""
+
+    def model(self) -> ConvWave:
+        """The network as it is now, a copy or itself."""
+
+    def state(self) -> dict[str, Tensor]:
+        """Everything that the next step depends on."""
+
+    def restore(self, state: dict[str, Tensor]) -> None:
+        """Take up what `state` gave."""
+
+
+class WindowedRun:
+    """The post's own loop: random windows, the from-scratch network, plain SGD."""
+
+    def __init__(self, config: Config, train: Packed, vocab_size: int) -> None:
+        self.config, self.recipe = config, RECIPES[config.recipe]
+        self.windows = reference.build_windows(train, math.prod(config.factors))
+        self.windows = reference.Windows(*(t.to(config.device) for t in self.windows))
+        self.generator = torch.Generator().manual_seed(config.seed)
+        self.mlp = _published_network(config, vocab_size, self.generator).to(config.device)
+        self.positions = config.batch
+
+    def step(self, i: int) -> float:
+        ix = torch.randint(0, len(self.windows.targets), (self.config.batch,), generator=self.generator)
+        ix = ix.to(self.windows.targets.device)
+        lr = self.recipe.lr * self.recipe.rate(i, self.config.steps)
+        return reference.sgd_step(self.mlp, self.windows.inputs[ix], self.windows.targets[ix], lr)
+
+    def finish(self) -> ConvWave:
+        return self.model().eval()
+
+    def model(self) -> ConvWave:
+        return from_windowed(self.mlp)
+
+    def state(self) -> dict[str, Tensor]:
+        return {"generator": self.generator.get_state(), **_prefixed("model", self.model().state_dict())}
+
+    def restore(self, state: dict[str, Tensor]) -> None:
+        model = self.model()
+        model.load_state_dict(_without_prefix("model", state))
+        self.mlp = to_windowed(model).to(self.config.device)
+        self.generator.set_state(state["generator"])
+
+
+class ConvolutionRun:
+    """The convolution, on whole names or on the post's random windows fed as counts."""
+
+    def __init__(self, config: Config, train: Packed, vocabulary: Vocabulary) -> None:
+        self.config, self.recipe = config, RECIPES[config.recipe]
+        self.train, self.vocabulary = train, vocabulary
+        self.generator = torch.Generator().manual_seed(config.seed)
+        if self.recipe.batch_of == "windows":  # the weights and the draws of the windowed network, number for number
+            self.net = from_windowed(_published_network(config, len(vocabulary), self.generator))
+        else:
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(config.seed)
+                self.net = ConvWave(len(vocabulary), config.n_embd, config.n_hidden, config.levels)
+        self.net.vocabulary = vocabulary
+        self.net.to(config.device).train()
+        self.optimizers = self._optimizers()
+        self.positions = config.batch
+        self._everything: Graph | None = None
+        self._epoch, self._order = -1, torch.empty(0, dtype=torch.int64)
+
+    def _optimizers(self) -> list[torch.optim.Optimizer]:
+        recipe = self.recipe
+        if recipe.optimizer == "sgd":
+            return [torch.optim.SGD(self.net.parameters(), lr=recipe.lr)]
+        matrices = [p for name, p in self.net.named_parameters() if name.endswith("conv.weight")]
+        rest = [p for name, p in self.net.named_parameters() if not name.endswith("conv.weight")]
+        decay = recipe.weight_decay
+        return [
+            Muon(matrices, lr=recipe.lr, momentum=recipe.momentum, weight_decay=decay),
+            torch.optim.AdamW(rest, lr=recipe.adam_lr, betas=(0.9, 0.95), weight_decay=decay, fused=True),
+        ]
+
+    def _all(self) -> Graph:
+        """The whole training split over its distinct subcontexts."""
+        if self._everything is None:
+            self._everything = distinct_graph(self.train, factors=self.config.factors).to(self.config.device)
+        return self._everything
+
+    def _batch(self, i: int) -> Graph:
+        batch = self.config.batch
+        if self.recipe.batch_of == "windows":
+            positions = torch.randint(0, len(self.train), (batch,), generator=self.generator)
+            return select_windows(self._all(), positions, self.train.targets[positions]).to(self.config.device)
+        if batch >= self.train.num_words and not self.recipe.token_noise:
+            return self._all()
+        names = self._noisy(self._names(i, min(batch, self.train.num_words)))
+        return distinct_graph(names, factors=self.config.factors).to(self.config.device)
+
+    def _names(self, i: int, batch: int) -> Packed:
+        epoch, part = divmod(i, self.train.num_words // batch)
+        if epoch != self._epoch:  # the order depends on seed and epoch alone, so resuming needs no more than the step
+            generator = torch.Generator().manual_seed(self.config.seed * 1_000_003 + epoch)
+            self._epoch, self._order = epoch, torch.randperm(self.train.num_words, generator=generator)
+        return self.train.select(self._order[part * batch : (part + 1) * batch])
+
+    def _noisy(self, names: Packed) -> Packed:
+        if not self.recipe.token_noise:
+            return names
+        n = len(names)
+        replace = torch.rand(n, generator=self.generator) < self.recipe.token_noise
+        replace &= names.tokens != 0  # the opening 0 is what fills the context
+        random = self.train.tokens[torch.randint(0, len(self.train), (n,), generator=self.generator)]
+        return Packed(torch.where(replace, random, names.tokens), names.targets, names.cu_seqlens)
+
+    def step(self, i: int) -> float:
+        graph = self._batch(i)
+        self.positions = round(graph.totals[-1])
+        rate = self.recipe.rate(i, self.config.steps)
+        loss = functional.loss(self.net(graph), graph)
+        for optimizer in self.optimizers:
+            optimizer.zero_grad()
+        loss.backward()
+        for optimizer in self.optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = group.setdefault("base_lr", group["lr"]) * rate
+            optimizer.step()
+        return loss.item()
+
+    def finish(self) -> ConvWave:
+        """For whole names: replace the running statistics by the exact ones of the whole training split."""
+        if self.recipe.batch_of == "names":
+            recompute_statistics(self.net, self._all())
+        return self.net.eval()
+
+    def model(self) -> ConvWave:
+        return self.net
+
+    def state(self) -> dict[str, Tensor]:
+        names: dict[Tensor, str] = {parameter: name for name, parameter in self.net.named_parameters()}
+        tensors = {"generator": self.generator.get_state(), **_prefixed("model", self.net.state_dict())}
+        for optimizer in self.optimizers:
+            for parameter, values in optimizer.state.items():
+                tensors |= _prefixed(f"optimizer.{names[parameter]}", values)
+        return tensors
+
+    def restore(self, state: dict[str, Tensor]) -> None:
+        self.net.load_state_dict(_without_prefix("model", state))
+        names: dict[Tensor, str] = {parameter: name for name, parameter in self.net.named_parameters()}
+        for optimizer in self.optimizers:
+            for group in optimizer.param_groups:
+                for parameter in group["params"]:
+                    values = _without_prefix(f"optimizer.{names[parameter]}", state)
+                    if values:
+                        optimizer.state[parameter] = {
+                            key: value if key == "step" else value.to(parameter.device) for key, value in values.items()
+                        }
+        self.generator.set_state(state["generator"])
+
+
+def recompute_statistics(model: ConvWave, graph: Graph) -> None:
+    """Set the running statistics to the exact ones of a graph, in one pass in training mode."""
+    training = model.training
+    norms = [block.norm for block in model.layers]
+    momentum = [norm.momentum for norm in norms]
+    for norm in norms:
+        norm.momentum = 1.0
+    with torch.no_grad():
+        model.train()(graph)
+    for norm, value in zip(norms, momentum, strict=True):
+        norm.momentum = value
+    model.train(training)
+
+
+def _published_network(config: Config, vocab_size: int, generator: torch.Generator) -> reference.Sequential:
+    if config.model in PUBLISHED and len(config.factors) == 1:
+        network = PUBLISHED[config.model]
+        return reference.MLP(
+            vocab_size,
+            config.n_embd,
+            config.n_hidden,
+            network.factors[0],
+            uniform_embedding=network.uniform_embedding,
+            generator=generator,
+        )
+    return reference.HierarchicalMLP(
+        vocab_size, config.n_embd, config.n_hidden, factors=config.factors, generator=generator
+    )
+
+
+def _prefixed(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {f"{prefix}.{name}": tensor for name, tensor in tensors.items()}
+
+
+def _without_prefix(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    start = prefix + "."
+    return {name.removeprefix(start): tensor for name, tensor in tensors.items() if name.startswith(start)}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The loop
+
+
+class Reporter:
+    """What a run tells the outside; does nothing by itself."""
+
+    def start(self, config: Config, parameters: int, done: int) -> None:
+        """Before the first step of this process."""
+
+    def step(self, done: int, loss: float, positions: int) -> None:
+        """After every step."""
+
+    def stop(self) -> None:
+        """After the last one, however it ended."""
+
+    def message(self, text: str) -> None:
+        """A line for a person."""
+
+
+@dataclass(frozen=True)
+class Result:
+    """A finished training."""
+
+    config: Config
+    parameters: int
+    seconds: float  # wall time of the training loop, interrupted runs added up
+    losses: list[float]  # of every step
+    splits: dict[str, SplitLoss]
+    model: ConvWave
+    checkpoint: Path | None
+
+    def summary(self) -> dict[str, Any]:
+        """Plain JSON values."""
+        splits = self.splits
+        return {
+            **asdict(self.config),
+            "parameters": self.parameters,
+            "train_seconds": self.seconds,
+            "train_loss": splits["train"].loss,
+            "val_loss": splits["val"].loss,
+            "novel_val_loss": splits["novel_val"].loss,
+            "checkpoint": None if self.checkpoint is None else str(self.checkpoint),
+        }
+
+
+def train(
+    config: Config,
+    words: Words,
+    out: Path | None = None,
+    *,
+    resume: bool = False,
+    save_every: float = 10.0,
+    reporter: Reporter | None = None,
+) -> Result:
+    """Train a network and evaluate it.
+
+    Args:
+        config: what and how.
+        words: the data; its split is the post's.
+        out: directory for ``state.safetensors`` (to resume), ``model.safetensors``, ``loss.csv``, ``loss.png`` and
+            ``result.json``; None writes nothing.
+        resume: go on with the state in `out`, or begin where there is none.
+        save_every: seconds between two savings of the state.
+        reporter: told about progress.
+
+    Raises:
+        DataError: no word is left to train on.
+        UsageError: `out` holds a run already and `resume` is False.
+        CheckpointError: a state that cannot be used, or one of another configuration or other data.
+        Diverged: a loss or a weight that is not finite; the last good state stays on the disk.
+        Interrupted: Ctrl-C; the state is saved.
+    """
+    reporter = reporter or Reporter()
+    if out is not None and not resume and (out / STATE_FILE).exists():
+        raise UsageError(f"out: {out} holds a run already; continue it with --resume or choose another directory")
+    splits = split_words(words.words)
+    vocabulary = Vocabulary.from_words(words.words)
+    packed = pack(splits.train, vocabulary)
+    run: Run
+    if config.model in PUBLISHED:
+        run = WindowedRun(config, packed, len(vocabulary))
+    else:
+        run = ConvolutionRun(config, packed, vocabulary)
+
+    losses: list[float] = []
+    seconds = 0.0
+    if resume and out is not None and (out / STATE_FILE).exists():
+        losses, seconds = _load_state(out / STATE_FILE, run, config, words)
+        reporter.message(f"resuming {out} after step {len(losses)} of {config.steps}")
+
+    def save() -> None:
+        if out is not None:
+            _save_state(out / STATE_FILE, run, config, words, losses, seconds + time.perf_counter() - started)
+
+    reporter.start(config, run.model().num_parameters, len(losses))
+    started = last_save = time.perf_counter()
+    try:
+        with _interruptible() as interrupted:
+            if not losses:
+                save()  # so that even a run killed in its first second leaves something to resume
+            for i in range(len(losses), config.steps):
+                loss = run.step(i)
+                if not math.isfinite(loss):
+                    raise Diverged(f"the loss is {loss} at step {i + 1}{_kept(out)}")
+                losses.append(loss)
+                reporter.step(i + 1, loss, run.positions)
+                if interrupted():
+                    save()
+                    raise Interrupted(f"stopped after step {i + 1} of {config.steps}{_kept(out)}")
+                if time.perf_counter() - last_save >= save_every:
+                    save()
+                    last_save = time.perf_counter()
+            save()
+            model = run.finish()
+            seconds += time.perf_counter() - started
+    finally:
+        reporter.stop()
+
+    model.vocabulary = vocabulary
+    evaluation = EvaluationSet(splits, vocabulary, config.factors, config.device)
+    checkpoint = None if out is None else out / MODEL_FILE
+    result = Result(config, model.num_parameters, seconds, losses, evaluation.losses(model), model, checkpoint)
+    if out is not None and checkpoint is not None:
+        model.save(checkpoint)
+        curve = plotting.block_means(losses)
+        write_atomic(out / "loss.csv", plotting.loss_csv(curve).encode())
+        plotting.loss_plot(curve, out / "loss.png", result)
+        summary = {**result.summary(), "data": words.source, "data_sha256": words.sha256}
+        write_atomic(out / RESULT_FILE, (json.dumps(summary, indent=2) + "\n").encode())
+    return result
+
+
+def read_config(out: Path) -> Config:
+    """The configuration of the run in a directory; raises CheckpointError where there is none."""
+    _, metadata = read_tensors(out / STATE_FILE, STATE_FORMAT)
+    return Config(**metadata["config"])
+
+
+def _save_state(path: Path, run: Run, config: Config, words: Words, losses: list[float], seconds: float) -> None:
+    tensors = run.state()
+    for name, tensor in tensors.items():
+        if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
+            raise Diverged(f"{name} is no longer finite after step {len(losses)}{_kept(path.parent)}")
+    tensors["losses"] = torch.tensor(losses, dtype=torch.float64)
+    metadata = {
+        "format": STATE_FORMAT,
+        "config": asdict(config),
+        "data_sha256": words.sha256,
+        "seconds": seconds,
+    }
+    write_tensors(path, tensors, metadata)
+
+
+def _load_state(path: Path, run: Run, config: Config, words: Words) -> tuple[list[float], float]:
+    tensors, metadata = read_tensors(path, STATE_FORMAT)
+    saved = metadata["config"]
+    for name, value in asdict(config).items():
+        if saved.get(name) != value:
+            raise CheckpointError(f"{path}: was made with {name} {saved.get(name)}, cannot go on with {value}")
+    if metadata["data_sha256"] != words.sha256:
+        raise CheckpointError(f"{path}: was trained on other data than {words.source}")
+    losses = tensors.pop("losses").tolist()
+    try:
+        run.restore(tensors)
+    except (KeyError, RuntimeError) as error:
+        raise CheckpointError(f"{path}: is not a usable state: {str(error).splitlines()[0]}") from None
+    return losses, metadata["seconds"]
+
+
+def _kept(out: Path | None) -> str:
+    if out is None:
+        return ""
+    return f"; {out / STATE_FILE} holds the last good state"
+
+
+@contextmanager
+def _interruptible() -> Iterator[Callable[[], bool]]:
+    """Turn the first Ctrl-C into a flag that the loop reads between two steps; a second one interrupts at once."""
+    seen = False
+
+    def handle(signum: int, frame: Any) -> None:
+        nonlocal seen
+        if seen:
+            raise KeyboardInterrupt
+        seen = True
+
+    if threading.current_thread() is not threading.main_thread():
+        yield lambda: False
+        return
+    previous = signal.signal(signal.SIGINT, handle)
+    try:
+        yield lambda: seen
+    finally:
+        signal.signal(signal.SIGINT, previous)

@@ -1,0 +1,291 @@
+"""Training: it is the post's, it survives being killed, it stops when it diverges."""
+
+from __future__ import annotations
+
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+import convwave as cw
+from convwave import reference, training
+from convwave.checkpoint import CheckpointError, read_tensors
+from convwave.plotting import block_means
+from convwave.recipes import BLOG, FAST, RECIPES, RECORD
+from convwave.training import STATE_FILE, STATE_FORMAT, Config, ConvolutionRun, Diverged, Reporter, UsageError, train
+from tests.helpers import relative_error
+
+
+@pytest.fixture(scope="module")
+def few(words: cw.Words) -> cw.Words:
+    return words._replace(words=words.words[:400])
+
+
+def weights(path: Path) -> dict[str, torch.Tensor]:
+    return cw.load(path).state_dict()
+
+
+def same_bits(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+class StopAfter(Reporter):
+    """Presses Ctrl-C after some step."""
+
+    def __init__(self, step: int) -> None:
+        self.at = step
+
+    def step(self, done: int, loss: float, positions: int) -> None:
+        if done == self.at:
+            signal.raise_signal(signal.SIGINT)
+
+
+CONFIGS = [
+    Config.make("convwave", "fast", steps=12, batch=64),
+    Config.make("convwave", "fast", steps=7, batch=10_000),  # the whole split every step
+    Config.make("convwave", "record", steps=5, batch=32, n_hidden=20),
+    Config.make("convwave", "blog", steps=12),
+    Config.make("hierarchical", steps=12),
+    Config.make("mlp3", steps=12),
+    Config.make("mlp8", steps=12),
+]
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=lambda c: f"{c.model}-{c.recipe}-{c.batch}")
+def test_interrupted_anywhere_and_resumed_ends_in_the_same_bits(config: Config, few: cw.Words, tmp_path: Path) -> None:
+    whole = train(config, few, tmp_path / "whole", save_every=1e9)
+    for stop in (1, config.steps // 2, config.steps - 1):
+        out = tmp_path / f"stopped{stop}"
+        with pytest.raises(training.Interrupted, match=f"stopped after step {stop} of {config.steps}"):
+            train(config, few, out, reporter=StopAfter(stop))
+        resumed = train(config, few, out, resume=True)
+        assert resumed.losses == whole.losses
+        assert same_bits(weights(out / "model.safetensors"), weights(tmp_path / "whole/model.safetensors"))
+    assert all(math.isfinite(loss) for loss in whole.losses)
+
+
+@pytest.mark.parametrize("wait", [0.0, 0.3])
+def test_killed_and_resumed_ends_in_the_same_bits(wait: float, tmp_path: Path, few: cw.Words) -> None:
+    """SIGKILL from outside, whatever it is doing then, again and again until it is through."""
+    data = tmp_path / "few.txt"
+    data.write_text("\n".join(few.words))
+    out = tmp_path / "killed"
+    steps = "60"
+    options = ["--steps", steps, "--batch", "32", "--data", str(data), "--save-every", "0"]
+    command = [sys.executable, "-m", "convwave", "train", *options, "--out", str(out), "--resume"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    kills = 0
+    for attempt in range(30):
+        process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+        deadline = time.monotonic() + 60
+        seen = (out / STATE_FILE).stat().st_mtime_ns if (out / STATE_FILE).exists() else None
+        while process.poll() is None and time.monotonic() < deadline:
+            state = out / STATE_FILE
+            if attempt < 3 and state.exists() and state.stat().st_mtime_ns != seen:
+                time.sleep(wait / 10 + 0.03 * attempt)
+                process.kill()
+                kills += 1
+                break
+            time.sleep(0.005)
+        if process.wait() == 0:
+            break
+        assert process.returncode == -signal.SIGKILL, process.stderr.read().decode()  # type: ignore[union-attr]
+    assert process.returncode == 0
+    assert kills >= 1
+    whole = train(Config.make(steps=60, batch=32), cw.read_words(data), tmp_path / "whole")
+    assert same_bits(weights(out / "model.safetensors"), weights(tmp_path / "whole/model.safetensors"))
+    assert whole.losses == read_tensors(out / STATE_FILE, STATE_FORMAT)[0]["losses"].tolist()
+
+
+def test_equal_seeds_give_equal_bits_and_others_do_not(few: cw.Words) -> None:
+    config = Config.make(steps=5, batch=64, seed=3)
+    states = [train(c, few).model.state_dict() for c in (config, config, replace(config, seed=4))]
+    assert same_bits(states[0], states[1])
+    assert not same_bits(states[0], states[2])
+
+
+def test_an_unlucky_write_leaves_the_old_state(few: cw.Words, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A crash between two bytes of a new state must not harm the old one."""
+    config = Config.make(steps=10, batch=64)
+    with pytest.raises(training.Interrupted):
+        train(config, few, tmp_path, reporter=StopAfter(4))
+    before = (tmp_path / STATE_FILE).read_bytes()
+
+    def crash(source: object, target: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "replace", crash)
+    with pytest.raises(OSError, match="No space left"):
+        train(config, few, tmp_path, resume=True, save_every=0)
+    assert (tmp_path / STATE_FILE).read_bytes() == before
+
+
+def test_the_blog_recipe_through_the_convolution_is_the_windowed_training(few: cw.Words) -> None:
+    """The same random windows, as counts: equal losses at every step, up to float32's rounding."""
+    windowed = train(Config.make("hierarchical", steps=60), few)
+    convolution = train(Config.make("convwave", "blog", steps=60), few)
+    difference = max(abs(a - b) for a, b in zip(windowed.losses, convolution.losses, strict=True))
+    assert difference < 1e-4
+    assert max(windowed.losses) - min(windowed.losses) > 0.1, "the loss moves, so equality says something"
+
+
+def test_windowed_training_is_the_posts_loop(few: cw.Words) -> None:
+    """Against the loop written down once more: one generator for weights and draws, the rate cut after 3/4."""
+    config = Config.make("mlp3", steps=40)
+    result = train(config, few)
+    vocab = cw.Vocabulary.from_words(few.words)
+    windows = reference.build_windows(cw.pack(cw.split_words(few.words).train, vocab), 3)
+    generator = torch.Generator().manual_seed(42)
+    mlp = reference.MLP(len(vocab), uniform_embedding=True, generator=generator)
+    losses = []
+    for i in range(40):
+        ix = torch.randint(0, len(windows.targets), (32,), generator=generator)
+        losses.append(reference.sgd_step(mlp, windows.inputs[ix], windows.targets[ix], 0.1 if i < 30 else 0.01))
+    assert losses == result.losses
+
+
+def test_every_epoch_visits_every_name_once(few: cw.Words) -> None:
+    vocab = cw.Vocabulary.from_words(few.words)
+    packed = cw.pack(few.words, vocab)
+    run = ConvolutionRun(Config.make(batch=100), packed, vocab)
+    epochs = []
+    for epoch in range(2):
+        graphs = [run._batch(4 * epoch + i) for i in range(4)]
+        assert sum(graph.totals[-1] for graph in graphs) == len(packed)
+        epochs.append([graph.totals[-1] for graph in graphs])
+    assert epochs[0] != epochs[1], "another order"
+
+
+def test_divergence_stops_with_a_clear_error_and_keeps_the_last_good_state(
+    few: cw.Words, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = Config.make(steps=20, batch=64)
+    step = ConvolutionRun.step
+
+    def poisoned(self: ConvolutionRun, i: int) -> float:
+        loss = step(self, i)
+        if i == 12:  # the loss of this step is still finite, its weights are not
+            with torch.no_grad():
+                self.net.head.weight[0, 0] = float("nan")
+        return loss
+
+    monkeypatch.setattr(ConvolutionRun, "step", poisoned)
+    with pytest.raises(Diverged, match=r"head.weight is no longer finite after step 13.*holds the last good state"):
+        train(config, few, tmp_path / "a", save_every=0)
+    with pytest.raises(Diverged, match="the loss is nan at step 14"):
+        train(config, few, tmp_path / "b", save_every=1e9)
+    for name, steps in (("a", 12), ("b", 0)):
+        tensors, _ = read_tensors(tmp_path / name / STATE_FILE, STATE_FORMAT)
+        assert len(tensors["losses"]) == steps
+        assert all(bool(t.isfinite().all()) for t in tensors.values() if t.is_floating_point())
+    monkeypatch.undo()
+    assert len(train(config, few, tmp_path / "a", resume=True).losses) == 20
+
+
+def test_nothing_is_overwritten_or_mixed(few: cw.Words, tmp_path: Path) -> None:
+    config = Config.make(steps=3, batch=64)
+    train(config, few, tmp_path)
+    with pytest.raises(UsageError, match="holds a run already"):
+        train(config, few, tmp_path)
+    with pytest.raises(CheckpointError, match="was made with seed 0, cannot go on with 5"):
+        train(replace(config, seed=5), few, tmp_path, resume=True)
+    with pytest.raises(CheckpointError, match="other data"):
+        train(config, few._replace(sha256="0"), tmp_path, resume=True)
+    (tmp_path / STATE_FILE).write_bytes(b"rubbish")
+    with pytest.raises(CheckpointError, match="not a usable safetensors file"):
+        train(config, few, tmp_path, resume=True)
+
+
+def test_outputs(few: cw.Words, tmp_path: Path) -> None:
+    result = train(Config.make(steps=25, batch=64), few, tmp_path)
+    lines = (tmp_path / "loss.csv").read_text().splitlines()
+    assert lines[0] == "step,loss"
+    assert float(lines[1].split(",")[1]) == pytest.approx(result.losses[0], abs=1e-6)
+    assert lines[-1].startswith("25,")
+    assert (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG")
+    assert not list(tmp_path.glob(".*.partial"))
+    again = cw.EvaluationSet(cw.split_words(few.words), cw.Vocabulary.from_words(few.words), (2, 2, 2)).losses(
+        cw.load(tmp_path / "model.safetensors")
+    )
+    assert again == result.splits
+
+
+def test_block_means_average_blocks_of_steps() -> None:
+    curve = block_means([float(i) for i in range(200_000)])
+    assert len(curve) == 200
+    assert curve[0] == (1000, 499.5)
+    assert block_means([1.0, 2.0], blocks=200) == [(1, 1.0), (2, 2.0)]
+    assert block_means([1.0, 2.0, 6.0], blocks=2)[-1] == (3, 6.0)
+    assert block_means(list(range(5)), blocks=2) == [(2, 0.5), (4, 2.5), (5, 4.0)]
+
+
+def test_schedules() -> None:
+    assert [BLOG.rate(i, 200_000) for i in (0, 149_999, 150_000, 199_999)] == [1, 1, 0.1, 0.1]
+    rates = [FAST.rate(i, 100) for i in range(100)]
+    assert rates[0] == pytest.approx(0.1)
+    assert max(rates) == 1.0
+    assert rates.index(1.0) == 9
+    assert rates[-1] == pytest.approx(1 / 90)
+    assert rates[10:] == sorted(rates[10:], reverse=True)
+
+
+def test_configurations_are_checked() -> None:
+    assert Config.make().recipe == "fast"
+    assert Config.make("mlp3") == Config.make("mlp3", "blog", steps=200_000, batch=32, seed=42)
+    assert set(RECIPES) == {"blog", "fast", "record"}
+    for arguments, reason in [
+        ({"model": "rnn"}, "model: expected one of"),
+        ({"recipe": "slow"}, "recipe: expected one of"),
+        ({"model": "mlp3", "recipe": "fast"}, "mlp3 is trained by 'blog' only"),
+        ({"model": "mlp8", "n_hidden": 5}, "fixed for mlp8"),
+        ({"steps": 0}, "steps: expected at least 1, got 0"),
+        ({"seed": -1}, "seed: expected at least 0, got -1"),
+        ({"levels": 13}, "levels: expected at most 12"),
+        ({"n_hidden": 0}, "n_hidden: expected at least 1, got 0"),
+    ]:
+        with pytest.raises(UsageError, match=reason):
+            Config.make(**arguments)
+
+
+def test_fast_learns(names_txt: cw.Words) -> None:
+    """A quarter of the recipe on the real data is far below what no context can reach (the unigram entropy, 2.82)."""
+    result = train(replace(Config.make(), steps=100), names_txt)
+    assert result.splits["val"].loss is not None
+    assert result.splits["val"].loss < 2.12
+
+
+def test_the_record_recipe_fits_its_network() -> None:
+    config = Config.make(recipe="record")
+    assert (config.n_embd, config.n_hidden, config.levels) == (RECORD.n_embd, RECORD.n_hidden, RECORD.levels)
+
+
+def test_muon_makes_a_matrix_orthogonal() -> None:
+    """Five steps bring the singular values that are not tiny near (0.65, 1.3), the quintic's range."""
+    from convwave.optim import Muon, orthogonalize
+
+    generator = torch.Generator().manual_seed(0)
+    for shape in [(68, 136), (68, 20), (5, 5), (1, 7)]:
+        matrix = torch.randn(*shape, generator=generator)
+        u, _, vh = torch.linalg.svd(matrix, full_matrices=False)
+        near = orthogonalize(matrix)
+        values = torch.linalg.svdvals(near)
+        assert values.max() < 1.3
+        assert (values > 0.3).float().mean() > 0.9
+        assert float((near * (u @ vh)).sum() / min(shape)) > 0.65, "the direction is that of the exact one"
+    weight = nn.Parameter(torch.randn(4, 3, 2, generator=generator))
+    weight.grad = torch.randn(4, 3, 2, generator=generator)
+    before = weight.detach().clone()
+    Muon([weight], lr=0.1, momentum=0.9, weight_decay=0.5).step()
+    momentum = 0.1 * weight.grad.flatten(1)
+    update = orthogonalize(0.1 * weight.grad.flatten(1) + 0.9 * momentum)
+    assert relative_error(weight, before * 0.95 - 0.1 * update.reshape(4, 3, 2)) < 1e-5
+    with pytest.raises(ValueError, match="Muon needs matrices"):
+        Muon([nn.Parameter(torch.zeros(3))])
