@@ -1,0 +1,371 @@
+"""The command line. Results go to standard output with --json, everything for people to standard error.
+
+Exit status: 0 done, 1 a check or a training failed, 2 bad use or bad input (one line says what), 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shlex
+import sys
+import time
+from collections.abc import Sequence
+from datetime import datetime
+from pathlib import Path
+from typing import Any, NoReturn
+
+import torch
+
+from convwave import __version__
+from convwave.checkpoint import CheckpointError, load_model, write_atomic
+from convwave.console import ConsoleReporter, number, stderr, table
+from convwave.data import NAMES_URL, DataError, Vocabulary, Words, fetch_names, load_words, pack, split_words
+from convwave.evaluation import EvaluationSet
+from convwave.generation import sample
+from convwave.nn import ConvWave
+from convwave.provenance import provenance
+from convwave.recipes import PUBLISHED, RECIPES
+from convwave.training import (
+    MODEL_FILE,
+    MODELS,
+    STATE_FILE,
+    Config,
+    Diverged,
+    Interrupted,
+    UsageError,
+    read_config,
+    train,
+)
+
+RUNS = Path("runs")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; returns the exit status."""
+    parser = _parser()
+    try:
+        arguments = parser.parse_args(argv)
+        return int(arguments.run(arguments) or 0)
+    except (DataError, CheckpointError, UsageError) as error:
+        return _fail(str(error), 2)
+    except Diverged as error:
+        return _fail(str(error), 1)
+    except Interrupted as error:
+        return _fail(f"{error}; continue with --resume", 130)
+    except KeyboardInterrupt:
+        return _fail("interrupted", 130)
+    except BrokenPipeError:  # the reader of our output has gone, as in `convwave sample | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except OSError as error:
+        return _fail(f"{error.filename or 'system'}: {error.strerror or error}", 2)
+
+
+def _fail(message: str, status: int) -> int:
+    print(f"convwave: {message}", file=sys.stderr)
+    return status
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: {message} (see {self.prog} --help)\n")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(prog="convwave", description="Character models of names as dilated causal convolutions.")
+    parser.add_argument("--version", action="version", version=f"convwave {__version__}")
+    commands = parser.add_subparsers(metavar="command", required=True, parser_class=_Parser)
+
+    def command(name: str, run: Any, text: str) -> argparse.ArgumentParser:
+        sub = commands.add_parser(name, help=text, description=text)
+        sub.set_defaults(run=run)
+        sub.add_argument("--data", metavar="FILE", help="text of one word a line (default: $CONVWAVE_DATA, ...)")
+        sub.add_argument("--json", action="store_true", help="print one JSON object as the last line")
+        return sub
+
+    p = command("train", _train, "Train a network, evaluate it, and save it with its loss curve.")
+    p.add_argument("--model", choices=MODELS, help="default: convwave")
+    p.add_argument("--recipe", choices=list(RECIPES), help="default: fast for convwave, blog for the post's networks")
+    p.add_argument("--steps", type=int, help="default: the recipe's")
+    p.add_argument("--batch", type=int, help="names or windows a step (default: the recipe's)")
+    p.add_argument("--n-embd", type=int, help="channels of the embedding (default: the recipe's)")
+    p.add_argument("--n-hidden", type=int, help="channels of every level (default: the recipe's)")
+    p.add_argument("--levels", type=int, help="the context is 2^levels tokens (default: the recipe's)")
+    p.add_argument("--seed", type=int, help="default: 42 for blog, as in the post, else 0")
+    p.add_argument("--device", help="cpu (default), cuda, cuda:1, ...")
+    p.add_argument("--out", type=Path, metavar="DIR", help="where to save (default: a new directory in runs/)")
+    p.add_argument("--resume", action="store_true", help="go on with the run in --out, or begin it")
+    p.add_argument("--save-every", type=float, default=10.0, metavar="S", help="seconds between savings (default: 10)")
+
+    p = command("evaluate", _evaluate, "Exact loss of a network on every split.")
+    _checkpoint_argument(p)
+    p.add_argument("--device", default="cpu", help="cpu (default), cuda, ...")
+
+    p = command("sample", _sample, "Invent names.")
+    _checkpoint_argument(p)
+    p.add_argument("-n", "--count", type=int, default=20, help="how many (default: 20)")
+    p.add_argument("--prefix", default="", help="every name begins with this")
+    p.add_argument("--temperature", type=float, default=1.0, help="0: always the likeliest letter (default: 1)")
+    p.add_argument("--top-k", type=int, help="draw among this many likeliest letters")
+    p.add_argument("--max-length", type=int, default=100, help="letters after which a name is cut (default: 100)")
+    p.add_argument("--seed", type=int, default=0, help="default: 0")
+    p.add_argument("--device", default="cpu", help="cpu (default), cuda, ...")
+
+    p = command("reproduce", _reproduce, "Train the post's three networks and the convolution; compare the losses.")
+    p.add_argument("--out", type=Path, default=RUNS / "reproduce", metavar="DIR", help="default: runs/reproduce")
+    p.add_argument("--resume", action="store_true", help="go on with the runs in --out")
+    p.add_argument("--blog-steps", type=int, help="steps of the post's recipe (default: 200000)")
+    p.add_argument("--fast-steps", type=int, help="steps of the recipe fast (default: the recipe's)")
+    p.add_argument("--seed", type=int, help="default: 42 for the post's networks, as in the post, and 0 for fast")
+
+    p = command("data", _data, "Show which words are used; 'data fetch' downloads the post's.")
+    p.add_argument("action", nargs="?", choices=["show", "fetch"], default="show")
+    p.add_argument("--url", default=NAMES_URL, help="where 'fetch' finds names.txt")
+    return parser
+
+
+def _checkpoint_argument(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "checkpoint", nargs="?", type=Path, help="a model file or the directory of a run (default: the newest in runs/)"
+    )
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Commands
+
+
+def _train(args: argparse.Namespace) -> None:
+    if args.save_every < 0:
+        raise UsageError(f"--save-every: expected at least 0, got {args.save_every}")
+    if args.resume and args.out is None:
+        raise UsageError("--resume: needs --out DIR, the run to go on with")
+    names = ("model", "recipe", "steps", "batch", "n_embd", "n_hidden", "levels", "seed", "device")
+    given = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
+    if args.resume and (args.out / STATE_FILE).exists():
+        config = read_config(args.out)
+        for name, value in given.items():
+            if getattr(config, name) != value:
+                flag = "--" + name.replace("_", "-")
+                raise UsageError(
+                    f"{flag}: {args.out} was begun with {getattr(config, name)}, cannot go on with {value}"
+                )
+    else:
+        config = Config.make(**given)
+    _check_device(config.device)
+    out = args.out or RUNS / f"{datetime.now():%Y%m%d-%H%M%S}-{config.model}-{config.recipe}-{config.seed}"
+    words = _words(args)
+    result = train(config, words, out, resume=args.resume, save_every=args.save_every, reporter=ConsoleReporter())
+
+    rows = [
+        [f"{config.model}, {config.recipe}", *map(number, _three(result.splits)), number(result.seconds, 1)],
+        *(
+            [network.title + ", the post", number(network.train), number(network.val), "", ""]
+            for network in _published()
+        ),
+    ]
+    console = stderr()
+    console.print(table("Loss in nats", ["", "train", "val", "novel val", "seconds"], rows))
+    if not words.is_names_txt:
+        console.print(
+            f"The post's figures are for names.txt; this run used {words.source}, so they are not comparable.\n"
+            "'convwave data fetch' downloads the post's list."
+        )
+    console.print(f"model {out / MODEL_FILE}\nloss curve {out / 'loss.png'}, {out / 'loss.csv'}")
+    _print_json(args, {**result.summary(), "data": words.source})
+
+
+def _evaluate(args: argparse.Namespace) -> None:
+    _check_device(args.device)
+    path, model = _load(args)
+    started = time.perf_counter()
+    words = _words(args)
+    prepared = EvaluationSet(split_words(words.words), _vocabulary(model, path), model.factors, args.device)
+    ready = time.perf_counter()
+    splits = prepared.losses(model.to(args.device))
+    seconds = time.perf_counter() - ready
+    rows = [[name, number(split.loss), f"{split.positions:,}"] for name, split in splits.items()]
+    console = stderr()
+    console.print(table(f"Loss of {path} in nats", ["split", "loss", "positions"], rows))
+    console.print(f"prepared in {1000 * (ready - started):.0f} ms, evaluated in {1000 * seconds:.0f} ms")
+    _print_json(
+        args,
+        {
+            "checkpoint": str(path),
+            "data": words.source,
+            "splits": {name: split._asdict() for name, split in splits.items()},
+            "seconds": seconds,
+            "prepare_seconds": ready - started,
+        },
+    )
+
+
+def _sample(args: argparse.Namespace) -> None:
+    _check_device(args.device)
+    if args.count < 0:
+        raise UsageError(f"--count: expected at least 0, got {args.count}")
+    path, model = _load(args)
+    vocabulary = _vocabulary(model, path)
+    words = _words(args)
+    splits = split_words(words.words)
+    started = time.perf_counter()
+    try:
+        names = sample(
+            model.to(args.device),
+            args.count,
+            seed=args.seed,
+            prefix=args.prefix,
+            temperature=args.temperature,
+            top_k=args.top_k,
+            max_length=args.max_length,
+            vocabulary=vocabulary,
+        )
+    except DataError as error:
+        raise UsageError(f"--prefix: {error}") from None
+    except ValueError as error:
+        raise UsageError(str(error)) from None
+    seconds = time.perf_counter() - started
+    train_set, val_set = set(splits.train), set(splits.val)
+    status = ["train" if name in train_set else "val" if name in val_set else "new" for name in names]
+    if not args.json:
+        print("\n".join(f"{name}\t{mark}" for name, mark in zip(names, status, strict=True)))
+    new = status.count("new")
+    stderr().print(f"{len(names):,} names in {seconds:.2f} s ({len(names) / seconds:,.0f}/s), {new:,} of them new")
+    _print_json(
+        args,
+        {
+            "checkpoint": str(path),
+            "names": [{"name": name, "status": mark} for name, mark in zip(names, status, strict=True)],
+            "seconds": seconds,
+        },
+    )
+
+
+def _reproduce(args: argparse.Namespace) -> None:
+    from convwave.plotting import reproduction_plot
+
+    if not args.resume and (args.out / "reproduce.json").exists():
+        raise UsageError(f"--out: {args.out} holds a reproduction already; pass --resume or choose another directory")
+    words = _words(args)
+    configs = [Config.make(name, "blog", steps=args.blog_steps, seed=args.seed) for name in PUBLISHED]
+    configs.append(Config.make("convwave", "fast", steps=args.fast_steps, seed=args.seed))
+    rows: list[dict[str, Any]] = []
+    for config in configs:
+        result = train(config, words, args.out / config.model, resume=args.resume, reporter=ConsoleReporter())
+        published = PUBLISHED.get(config.model)
+        rows.append(
+            {
+                **result.summary(),
+                "title": published.title if published else "convolution, recipe fast",
+                "published_train": published.train if published else None,
+                "published_val": published.val if published else None,
+                "test_loss": result.splits["test"].loss,
+            }
+        )
+    console = stderr()
+    console.print(
+        table(
+            "The post's figures and ours (loss in nats)",
+            ["", "train, post", "train", "val, post", "val", "novel val", "steps", "seconds"],
+            [
+                [
+                    row["title"],
+                    number(row["published_train"]),
+                    number(row["train_loss"]),
+                    number(row["published_val"]),
+                    number(row["val_loss"]),
+                    number(row["novel_val_loss"]),
+                    f"{row['steps']:,}",
+                    number(row["train_seconds"], 1),
+                ]
+                for row in rows
+            ],
+        )
+    )
+    if not words.is_names_txt:
+        console.print(f"The post's figures are for names.txt; this used {words.source}: not comparable.")
+    command = shlex.join(["convwave", *sys.argv[1:]])
+    report = {"provenance": provenance(command), "data": words.source, "data_sha256": words.sha256, "rows": rows}
+    write_atomic(args.out / "reproduce.json", (json.dumps(report, indent=2) + "\n").encode())
+    reproduction_plot(rows, args.out / "reproduce.png")
+    console.print(f"written: {args.out / 'reproduce.json'}, {args.out / 'reproduce.png'}")
+    _print_json(args, report)
+
+
+def _data(args: argparse.Namespace) -> None:
+    if args.action == "fetch":
+        path = fetch_names(args.url)
+        stderr().print(f"{path}: the post's names.txt, checksum verified")
+        args.data = args.data or path
+    words = _words(args)
+    vocabulary = Vocabulary.from_words(words.words)
+    splits = split_words(words.words)
+    rows = [[n, f"{len(w):,}", f"{len(pack(w, vocabulary)):,}"] for n, w in splits._asdict().items()]
+    console = stderr()
+    console.print(table(words.source, ["split", "words", "positions"], rows))
+    console.print(f"{len(vocabulary)} symbols: {''.join(vocabulary.symbols)}")
+    _print_json(
+        args,
+        {
+            "source": words.source,
+            "sha256": words.sha256,
+            "words": len(words.words),
+            "is_names_txt": words.is_names_txt,
+            "vocabulary": "".join(vocabulary.symbols),
+            "splits": {name: len(value) for name, value in splits._asdict().items()},
+        },
+    )
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Shared pieces
+
+
+def _words(args: argparse.Namespace) -> Words:
+    words = load_words(args.data)
+    note = f", {words.blank_lines} blank lines skipped" if words.blank_lines else ""
+    stderr().print(f"data: {words.source}, {len(words.words):,} words{note}")
+    return words
+
+
+def _load(args: argparse.Namespace) -> tuple[Path, ConvWave]:
+    path = args.checkpoint
+    if path is None:
+        found = sorted(RUNS.glob(f"*/{MODEL_FILE}"), key=lambda file: file.stat().st_mtime)
+        if not found:
+            raise UsageError(f"checkpoint: none given and no {RUNS}/*/{MODEL_FILE} here; run 'convwave train' first")
+        path = found[-1]
+    elif path.is_dir():
+        path = path / MODEL_FILE
+    return path, load_model(path)
+
+
+def _vocabulary(model: ConvWave, path: Path) -> Vocabulary:
+    if model.vocabulary is None:
+        raise CheckpointError(f"{path}: was saved without a vocabulary")
+    return model.vocabulary
+
+
+def _check_device(device: str) -> None:
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise UsageError(f"--device: {device!r} is not available: {str(error).splitlines()[0]}") from None
+
+
+def _three(splits: dict[str, Any]) -> list[float | None]:
+    return [splits[name].loss for name in ("train", "val", "novel_val")]
+
+
+def _published() -> list[Any]:
+    return list(PUBLISHED.values())
+
+
+def _print_json(args: argparse.Namespace, value: dict[str, Any]) -> None:
+    if args.json:
+        print(json.dumps(value, ensure_ascii=False))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

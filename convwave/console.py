@@ -1,0 +1,97 @@
+"""What a person sees, all on standard error: a progress bar on a terminal, plain lines elsewhere, tables."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from convwave.training import Config, Reporter
+
+
+def stderr() -> Console:
+    """A console on standard error as it is now; lines are never broken where it is not a terminal."""
+    console = Console(stderr=True, highlight=False, markup=False)
+    if not console.is_terminal:
+        console = Console(stderr=True, highlight=False, markup=False, width=200, soft_wrap=True)
+    return console
+
+
+def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
+    """First column to the left, figures to the right."""
+    result = Table(title=title, title_justify="left", title_style="bold")
+    for i, column in enumerate(columns):
+        result.add_column(column, justify="right" if i else "left")
+    for row in rows:
+        result.add_row(*row)
+    return result
+
+
+def number(value: float | None, digits: int = 4) -> str:
+    return "-" if value is None else f"{value:.{digits}f}"
+
+
+class ConsoleReporter(Reporter):
+    """Progress with loss, positions per second and time left.
+
+    Args:
+        every: seconds between two plain lines where standard error is not a terminal.
+    """
+
+    def __init__(self, every: float = 5.0) -> None:
+        self.console = stderr()
+        self.every = every
+        self.progress: Progress | None = None
+        self.task: TaskID | None = None
+
+    def start(self, config: Config, parameters: int, done: int) -> None:
+        self.steps, self.done = config.steps, done
+        self.shown = self.started = time.perf_counter()
+        self.first, self.positions = done, 0
+        self.loss = float("nan")
+        self.message(
+            f"training {config.model} ({parameters:,} parameters) by recipe {config.recipe}: "
+            f"{config.steps:,} steps, seed {config.seed}, {config.device}"
+        )
+        if self.console.is_terminal:
+            self.progress = Progress(
+                TextColumn("{task.description}"),
+                BarColumn(),
+                MofNCompleteColumn(),
+                TextColumn("loss {task.fields[loss]:.4f}  {task.fields[rate]:,.0f} positions/s "),
+                TimeRemainingColumn(),
+                console=self.console,
+                refresh_per_second=5,
+            )
+            self.task = self.progress.add_task("train", total=config.steps, completed=done, loss=self.loss, rate=0.0)
+            self.progress.start()
+
+    def step(self, done: int, loss: float, positions: int) -> None:
+        self.positions += positions
+        # a running mean, because a single batch of 32 windows is mostly noise
+        self.loss = loss if done == self.first + 1 else self.loss + 0.02 * (loss - self.loss)
+        self.done = done
+        now = time.perf_counter()
+        if now - self.shown < (0.1 if self.progress else self.every):
+            return
+        self.shown = now
+        rate = self.positions / (now - self.started)
+        if self.progress and self.task is not None:
+            self.progress.update(self.task, completed=done, loss=self.loss, rate=rate)
+        else:
+            left = (now - self.started) / (done - self.first) * (self.steps - done)
+            self.message(
+                f"step {done:,} of {self.steps:,}  loss {self.loss:.4f}  {rate:,.0f} positions/s  {left:.0f} s left"
+            )
+
+    def stop(self) -> None:
+        if self.progress and self.task is not None:
+            self.progress.update(self.task, completed=self.done, loss=self.loss)
+            self.progress.stop()
+            self.progress = None
+
+    def message(self, text: str) -> None:
+        self.console.print(text)

@@ -1,0 +1,67 @@
+"""Where a figure comes from: machine, versions, commit, command."""
+
+from __future__ import annotations
+
+import platform
+import subprocess
+import sys
+from datetime import UTC, datetime
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+
+
+def provenance(command: str | None = None) -> dict[str, Any]:
+    """What to write beside a measurement, as plain JSON values."""
+    return {
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "command": command or " ".join(["python", *sys.argv]),
+        "commit": commit(),
+        "device": device_name(),
+        "threads": torch.get_num_threads(),
+        "platform": platform.platform(terse=True),
+        "versions": {
+            "python": platform.python_version(),
+            **{name: _version(name) for name in ("convwave", "torch", "triton", "numpy")},
+        },
+    }
+
+
+def device_name(device: str = "cpu") -> str:
+    """The GPU's or the CPU's own name."""
+    if device.startswith("cuda"):
+        return torch.cuda.get_device_name(device)
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    models = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return f"{models[0]}, {len(models)} cores" if models else platform.machine()
+
+
+def commit() -> str | None:
+    """The checkout's commit, with "+" when tracked files differ from it; None outside a checkout."""
+    here = Path(__file__).resolve().parent
+    try:
+        head = subprocess.run(
+            ["git", "rev-parse", "--short=12", "HEAD"], cwd=here, capture_output=True, text=True, check=True
+        ).stdout.strip()
+        changed = subprocess.run(
+            ["git", "status", "--porcelain", "--untracked-files=no"],
+            cwd=here,
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return head + ("+" if changed else "")
+
+
+def _version(name: str) -> str | None:
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return None

@@ -1,0 +1,264 @@
+"""The commands: what they print where, and how they fail."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+import convwave as cw
+from convwave import cli, data
+
+
+@pytest.fixture(scope="module")
+def few(tmp_path_factory: pytest.TempPathFactory, words: cw.Words) -> Path:
+    path = tmp_path_factory.mktemp("data") / "few.txt"
+    path.write_text("\n".join(words.words[:300]))
+    return path
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory, few: Path) -> Path:
+    out = tmp_path_factory.mktemp("runs") / "trained"
+    assert cli.main(["train", "--steps", "30", "--batch", "64", "--data", str(few), "--out", str(out)]) == 0
+    return out
+
+
+def last_json(output: str) -> dict:
+    return json.loads(output.rstrip("\n").split("\n")[-1])
+
+
+def refused(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
+    """The one line with which a command refuses, checked to be one line and exit status 2."""
+    try:
+        status = cli.main(arguments)
+    except SystemExit as stop:
+        status = stop.code
+    captured = capsys.readouterr()
+    assert status == 2
+    assert captured.out == ""
+    lines = [line for line in captured.err.splitlines() if not line.startswith(("data: ", "training "))]
+    assert len(lines) == 1, captured.err
+    return lines[0]
+
+
+def test_train_prints_json_last_and_all_else_to_standard_error(few: Path, tmp_path: Path, capsys) -> None:
+    arguments = ["train", "--steps", "3", "--batch", "32", "--data", str(few), "--out", str(tmp_path / "r")]
+    assert cli.main([*arguments, "--json"]) == 0
+    captured = capsys.readouterr()
+    result = last_json(captured.out)
+    keys = {"model", "recipe", "seed", "steps", "parameters", "train_seconds"}
+    assert keys | {"train_loss", "val_loss", "novel_val_loss", "checkpoint"} <= result.keys()
+    assert captured.out.count("\n") == 1
+    assert result["checkpoint"] == str(tmp_path / "r/model.safetensors")
+    assert json.loads((tmp_path / "r/result.json").read_text())["val_loss"] == result["val_loss"]
+    for text in (f"data: {few}, 300 words", "2.0209", "not comparable", "convwave data fetch", "loss.png"):
+        assert text in captured.err
+    assert cli.main([*arguments[:-1], str(tmp_path / "quiet")]) == 0
+    assert capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize("model", ["mlp3", "mlp8", "hierarchical"])
+def test_the_posts_networks_train_evaluate_and_sample(model: str, few: Path, tmp_path: Path, capsys) -> None:
+    options = ["--data", str(few), "--json"]
+    assert (
+        cli.main(["train", "--model", model, "--recipe", "blog", "--steps", "30", "--out", str(tmp_path), *options])
+        == 0
+    )
+    result = last_json(capsys.readouterr().out)
+    assert (result["model"], result["recipe"], result["seed"]) == (model, "blog", 42)
+    assert cli.main(["evaluate", str(tmp_path), *options]) == 0
+    splits = last_json(capsys.readouterr().out)["splits"]
+    assert splits["val"]["loss"] == pytest.approx(result["val_loss"], abs=1e-6)
+    assert cli.main(["sample", str(tmp_path / "model.safetensors"), "-n", "4", *options]) == 0
+    assert len(last_json(capsys.readouterr().out)["names"]) == 4
+
+
+def test_evaluate(trained: Path, few: Path, capsys) -> None:
+    assert cli.main(["evaluate", str(trained), "--data", str(few), "--json"]) == 0
+    result = last_json(capsys.readouterr().out)
+    assert set(result["splits"]) == {"train", "val", "novel_val", "test"}
+    assert all({"loss", "positions"} <= split.keys() for split in result["splits"].values())
+    total = sum(result["splits"][name]["positions"] for name in ("train", "val", "test"))
+    assert total == sum(len(word) + 1 for word in few.read_text().split())
+    assert result["seconds"] > 0
+
+
+def test_sample_marks_every_name(trained: Path, few: Path, capsys) -> None:
+    arguments = ["sample", str(trained), "-n", "300", "--data", str(few), "--seed", "3"]
+    assert cli.main([*arguments, "--json"]) == 0
+    names = last_json(capsys.readouterr().out)["names"]
+    splits = cw.split_words(few.read_text().split())
+    for entry in names:
+        where = "train" if entry["name"] in splits.train else "val" if entry["name"] in splits.val else "new"
+        assert entry["status"] == where
+    assert cli.main(arguments) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines == [f"{entry['name']}\t{entry['status']}" for entry in names]
+    assert cli.main([*arguments[:2], "--prefix", "ma", "--data", str(few), "--json"]) == 0
+    assert all(entry["name"].startswith("ma") for entry in last_json(capsys.readouterr().out)["names"])
+
+
+def test_sample_and_evaluate_take_the_newest_run(trained: Path, few: Path, capsys, monkeypatch, tmp_path: Path) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert "none given and no runs" in refused(["sample", "--data", str(few)], capsys)
+    monkeypatch.chdir(trained.parent)
+    monkeypatch.setattr(cli, "RUNS", Path(".."))
+    assert cli.main(["sample", "-n", "2", "--data", str(few)]) == 0
+
+
+def test_a_reader_that_goes_away_is_no_error(trained: Path, few: Path) -> None:
+    command = f"'{sys.executable}' -m convwave sample '{trained}' -n 50000 --data '{few}' | head -n 1"
+    done = subprocess.run(["bash", "-o", "pipefail", "-c", command], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("\n") == 1
+    assert "Traceback" not in done.stderr
+
+
+def test_reproduce_in_small(few: Path, tmp_path: Path, capsys) -> None:
+    arguments = ["reproduce", "--blog-steps", "20", "--fast-steps", "5", "--data", str(few), "--out", str(tmp_path)]
+    assert cli.main([*arguments, "--json"]) == 0
+    captured = capsys.readouterr()
+    report = last_json(captured.out)
+    assert [row["model"] for row in report["rows"]] == ["mlp3", "mlp8", "hierarchical", "convwave"]
+    assert [row["published_val"] for row in report["rows"]] == [2.1033, 2.0310, 2.0209, None]
+    assert {"command", "commit", "device", "versions"} <= report["provenance"].keys()
+    assert json.loads((tmp_path / "reproduce.json").read_text()) == report
+    assert (tmp_path / "reproduce.png").read_bytes().startswith(b"\x89PNG")
+    assert "2.1033" in captured.err
+    assert "holds a reproduction already" in refused(arguments, capsys)
+    assert cli.main([*arguments, "--resume", "--json"]) == 0
+    again = last_json(capsys.readouterr().out)
+    assert [row["val_loss"] for row in again["rows"]] == [row["val_loss"] for row in report["rows"]]
+
+
+def test_data(few: Path, tmp_path: Path, capsys, monkeypatch, words: cw.Words) -> None:
+    assert cli.main(["data", "--data", str(few), "--json"]) == 0
+    shown = last_json(capsys.readouterr().out)
+    assert shown["words"] == 300
+    assert shown["splits"] == {"train": 240, "val": 30, "test": 30}
+    monkeypatch.setattr(data, "data_directory", lambda: tmp_path)
+    assert "download failed" in refused(["data", "fetch", "--url", (tmp_path / "no").as_uri()], capsys)
+    assert "SHA-256" in refused(["data", "fetch", "--url", few.as_uri()], capsys)
+    assert not (tmp_path / "names.txt").exists()
+
+
+def test_data_says_when_it_is_the_bundled_list(capsys, monkeypatch, tmp_path: Path) -> None:
+    monkeypatch.delenv("CONVWAVE_DATA", raising=False)
+    bundled = cw.data.bundled_words()
+    monkeypatch.setattr(cli, "load_words", lambda path: bundled)
+    assert cli.main(["data"]) == 0
+    assert "the bundled given names" in capsys.readouterr().err
+
+
+def test_refusals(trained: Path, few: Path, tmp_path: Path, capsys) -> None:
+    bad = tmp_path / "bad.txt"
+    bad.write_bytes(b"anna\nb.b\n")
+    (tmp_path / "file").write_text("")
+    use = ["--data", str(few)]
+    other = tmp_path / "other.txt"
+    other.write_text("žofie\nanna\nberta\n")
+    for arguments, text in [
+        (["train", "--data", str(tmp_path / "none.txt")], "none.txt: no such file"),
+        (["train", "--data", str(tmp_path)], "is a directory"),
+        (["train", "--data", str(bad)], "bad.txt: line 2: 'b.b' contains '.'"),
+        (["train", "--steps", "0", *use], "steps: expected at least 1, got 0"),
+        (["train", "--steps", "many", *use], "--steps: invalid int value: 'many'"),
+        (["train", "--model", "rnn", *use], "invalid choice: 'rnn'"),
+        (["train", "--model", "mlp3", "--recipe", "fast", *use], "mlp3 is trained by 'blog' only"),
+        (["train", "--save-every", "-1", *use], "--save-every"),
+        (["train", "--device", "abacus", *use], "--device: 'abacus' is not available"),
+        (["train", "--resume", *use], "--resume: needs --out"),
+        (["train", "--out", str(trained), *use], "holds a run already"),
+        (["train", "--out", str(trained), "--resume", "--seed", "9", *use], "--seed:"),
+        (["train", "--out", str(trained), "--resume", "--data", str(other)], "other data"),
+        (["train", "--steps", "1", "--out", str(tmp_path / "file/deeper"), *use], "file"),
+        (["evaluate", str(tmp_path / "none"), *use], "no such file"),
+        (["evaluate", str(few), *use], "not a usable safetensors file"),
+        (["evaluate", str(trained), "--data", str(other)], "character 'ž'"),
+        (["sample", str(trained), "--prefix", "ž", *use], "--prefix: character 'ž'"),
+        (["sample", str(trained), "--temperature", "-1", *use], "temperature: expected"),
+        (["sample", str(trained), "--count", "-1", *use], "--count"),
+        (["dance"], "invalid choice: 'dance'"),
+        ([], "required: command"),
+    ]:
+        assert text in refused(arguments, capsys), arguments
+
+
+def test_resume_takes_the_options_of_the_run(trained: Path, few: Path, capsys) -> None:
+    assert cli.main(["train", "--out", str(trained), "--resume", "--data", str(few), "--json"]) == 0
+    result = last_json(capsys.readouterr().out)
+    assert (result["steps"], result["batch"]) == (30, 64)
+
+
+def test_ctrl_c_saves_and_exits_in_good_order(few: Path, tmp_path: Path) -> None:
+    out = tmp_path / "r"
+    command = [sys.executable, "-m", "convwave", "train", "--steps", "100000", "--out", str(out), "--data", str(few)]
+    process = subprocess.Popen(
+        command, stderr=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}, start_new_session=True
+    )
+    while not (out / "state.safetensors").exists():
+        assert process.poll() is None
+        time.sleep(0.02)
+    time.sleep(0.5)
+    process.send_signal(signal.SIGINT)
+    _, error = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "Traceback" not in error
+    assert "stopped after step" in error.splitlines()[-1]
+    assert "--resume" in error.splitlines()[-1]
+
+
+def test_divergence_is_status_1(few: Path, tmp_path: Path, capsys, monkeypatch) -> None:
+    from convwave.training import ConvolutionRun
+
+    monkeypatch.setattr(ConvolutionRun, "step", lambda self, i: float("inf"))
+    assert cli.main(["train", "--out", str(tmp_path / "r"), "--data", str(few)]) == 1
+    assert capsys.readouterr().err.splitlines()[-1].startswith("convwave: the loss is inf at step 1")
+
+
+def test_progress_on_a_terminal(few: Path, tmp_path: Path) -> None:
+    """A real terminal: a bar with loss, positions per second and time left."""
+    pty = pytest.importorskip("pty", reason="needs a Unix terminal")
+    leader, follower = pty.openpty()
+    command = [
+        sys.executable,
+        "-m",
+        "convwave",
+        "train",
+        "--steps",
+        "150",
+        "--out",
+        str(tmp_path / "r"),
+        "--data",
+        str(few),
+    ]
+    process = subprocess.Popen(command, stderr=follower, env={**os.environ, "TERM": "xterm", "COLUMNS": "120"})
+    os.close(follower)
+    seen = b""
+    while True:
+        try:
+            chunk = os.read(leader, 65536)
+        except OSError:
+            break
+        if not chunk:
+            break
+        seen += chunk
+    assert process.wait() == 0
+    text = seen.decode(errors="replace")
+    assert "positions/s" in text
+    assert "150/150" in text
+    assert "━" in text
+
+
+def test_version(capsys) -> None:
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["--version"])
+    assert stop.value.code == 0
+    assert capsys.readouterr().out.strip() == f"convwave {cw.__version__}"
