@@ -15,7 +15,7 @@ __version__ = "0.1.0"
 from convwave import reference
 from convwave.checkpoint import CheckpointError
 from convwave.checkpoint import load_model as load
-from convwave.convert import from_windowed, to_windowed
+from convwave.convert import ConversionError, from_windowed, to_torch, to_windowed
 from convwave.data import (
     DataError,
     Packed,
@@ -31,7 +31,7 @@ from convwave.data import (
 from convwave.evaluation import EvaluationSet
 from convwave.functional import conv_bn_tanh, loss
 from convwave.generation import GenerationCache, sample
-from convwave.graph import Graph, dense_graph, distinct_graph, select_windows, windowed_graph
+from convwave.graph import Graph, dense_graph, distinct_graph, graph_of_windows, select_windows, windowed_graph
 from convwave.nn import BatchNorm, CausalConv1d, ConvBatchNormTanh, ConvWave
 
 __all__ = [
@@ -40,6 +40,7 @@ __all__ = [
     "CheckpointError",
     "ConvBatchNormTanh",
     "ConvWave",
+    "ConversionError",
     "DataError",
     "EvaluationSet",
     "GenerationCache",
@@ -52,6 +53,7 @@ __all__ = [
     "dense_graph",
     "distinct_graph",
     "from_windowed",
+    "graph_of_windows",
     "load",
     "load_words",
     "loss",
@@ -62,6 +64,7 @@ __all__ = [
     "sample",
     "select_windows",
     "split_words",
+    "to_torch",
     "to_windowed",
     "windowed_graph",
 ]

@@ -1,91 +1,226 @@
-"""Weights between the windowed networks and the convolution, both ways, without rounding.
+"""Weights between windowed networks and the convolution, both ways, without rounding.
 
 A window's Linear reads its n joined neighbours as one row of n * C numbers, oldest first: row ``j * C + c`` of its
-(n * C, H) weight is tap j, channel c. The convolution keeps the same numbers as (H, C, n).
+(n * C, H) weight is tap j, channel c. The convolution keeps the same numbers as (H, C, n). torch's own nn.Linear
+keeps the transpose, (H, n * C).
 """
 
 from __future__ import annotations
 
-from typing import cast
+import copy
+from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from convwave import reference
+from convwave.graph import graph_of_windows
 from convwave.nn import ConvWave
-from convwave.reference import BatchNorm1d, Embedding, Flatten, FlattenConsecutive, Linear, Tanh
 
 
-def from_windowed(mlp: reference.Sequential, backend: str = "auto") -> ConvWave:
-    """The convolution that computes the same function as a windowed network; its weights are copied.
+class ConversionError(ValueError):
+    """A network that is not the same function as any `ConvWave`; the message says why."""
 
-    A flat MLP over n tokens becomes one level with n taps.
+
+@dataclass
+class _Level:
+    """One level of a windowed network, in the convolution's terms."""
+
+    weight: Tensor  # (H, n * C)
+    shift: Tensor | None  # (H,) the Linear's bias, which BatchNorm takes out again
+    norm: reference.BatchNorm1d | nn.BatchNorm1d
+
+
+@dataclass
+class _Parts:
+    """What a windowed network is made of."""
+
+    embedding: Tensor  # (V, C)
+    levels: list[_Level]
+    head_weight: Tensor  # (V, H)
+    head_bias: Tensor  # (V,)
+    unbiased: bool
+    training: bool
+
+
+def from_windowed(mlp: reference.Sequential | nn.Module, backend: str = "auto") -> ConvWave:
+    """The convolution that computes the same function as a windowed network, in training mode too.
+
+    Args:
+        mlp: the post's own classes (`reference`), or a torch.nn network that reads (B, context) token ids: Embedding,
+            then per level something that joins n neighbours, Linear, BatchNorm1d and Tanh, then Linear. How it joins
+            is its own affair (nn.Flatten, nn.Unflatten, a module of yours without parameters): n follows from the
+            Linear's width, and both networks are compared on random windows before this returns. A bias in front of a
+            BatchNorm is folded into its running mean.
+        backend: of the convolution.
 
     Raises:
-        ValueError: a network that is not Embedding, then (flatten, Linear without bias, BatchNorm1d, Tanh) per level,
-            then Linear.
+        ConversionError: a network that is not of this form, or whose output is another function.
     """
-    embedding, hidden, head = _parts(mlp)
-    norms = [norm for _, norm in hidden]
+    parts = _of_torch(mlp) if isinstance(mlp, nn.Module) else _of_reference(mlp)
+    factors, channels = [], parts.embedding.shape[1]
+    for i, level in enumerate(parts.levels):
+        width, joined = level.weight.shape
+        if joined % channels or joined == channels:
+            raise ConversionError(
+                f"mlp: level {i} reads {joined} numbers from neighbours of {channels} each, expected a multiple"
+            )
+        factors.append(joined // channels)
+        channels = width
+    if parts.head_weight.shape[1] != channels:
+        raise ConversionError(f"mlp: the head reads {parts.head_weight.shape[1]} numbers, expected {channels}")
+
     model = ConvWave(
-        vocab_size=embedding.weight.shape[0],
-        n_embd=embedding.weight.shape[1],
-        n_hidden=head.weight.shape[0],
-        factors=mlp.factors,
-        unbiased=norms[0].unbiased,
+        vocab_size=parts.embedding.shape[0],
+        n_embd=parts.embedding.shape[1],
+        n_hidden=[level.weight.shape[0] for level in parts.levels],
+        factors=factors,
+        unbiased=parts.unbiased,
         backend=backend,
     )
-    model.to(embedding.weight.device, embedding.weight.dtype).train(norms[0].training)
+    model.to(parts.embedding.device, parts.embedding.dtype).train(parts.training)
     with torch.no_grad():
-        model.embedding.weight.copy_(embedding.weight)
-        for block, (linear, norm) in zip(model.layers, hidden, strict=True):
+        model.embedding.weight.copy_(parts.embedding)
+        for block, level in zip(model.layers, parts.levels, strict=True):
             H, C, k = block.conv.weight.shape
-            block.conv.weight.copy_(linear.weight.view(k, C, H).permute(2, 1, 0))
-            for name, ours in _NORM:
-                getattr(block.norm, ours).copy_(getattr(norm, name))
-            block.norm.eps, block.norm.momentum = norm.eps, norm.momentum
-        model.head.weight.copy_(head.weight.T)
-        model.head.bias.copy_(cast(Tensor, head.bias))
+            block.conv.weight.copy_(level.weight.view(H, k, C).transpose(1, 2))
+            for ours, theirs in _vectors(block.norm, level.norm):
+                ours.copy_(theirs)
+            if level.shift is not None:
+                block.norm.running_mean -= level.shift
+            block.norm.eps, block.norm.momentum = level.norm.eps, float(level.norm.momentum or 0.0)
+        model.head.weight.copy_(parts.head_weight)
+        model.head.bias.copy_(parts.head_bias)
+    if isinstance(mlp, nn.Module):
+        _check_same_function(mlp, model)
     return model
 
 
 def to_windowed(model: ConvWave) -> reference.Sequential:
-    """The windowed network that computes the same function as a convolution; its weights are copied."""
-    mlp = reference.HierarchicalMLP(model.vocab_size, model.n_embd, model.n_hidden, factors=model.factors)
+    """The windowed network of the post's own classes that computes the same function; the weights are copied."""
+    mlp = reference.HierarchicalMLP(model.vocab_size, model.n_embd, model.widths, factors=model.factors)
     mlp.to(model.head.weight.device).to(model.head.weight.dtype)
-    embedding, hidden, head = _parts(mlp)
-    with torch.no_grad():
-        embedding.weight.copy_(model.embedding.weight)
-        for block, (linear, norm) in zip(model.layers, hidden, strict=True):
-            linear.weight.copy_(block.conv.weight.permute(2, 1, 0).flatten(0, 1))
-            for name, ours in _NORM:
-                getattr(norm, name).copy_(getattr(block.norm, ours))
-            norm.eps, norm.momentum, norm.unbiased = block.norm.eps, block.norm.momentum, block.norm.unbiased
-        head.weight.copy_(model.head.weight.T)
-        cast(Tensor, head.bias).copy_(model.head.bias)
+    parts = _of_reference(mlp)
+    for block, level in zip(model.layers, parts.levels, strict=True):
+        assert isinstance(level.norm, reference.BatchNorm1d)
+        level.norm.eps, level.norm.momentum, level.norm.unbiased = block.norm.eps, block.norm.momentum, model.unbiased
+    _copy_into(parts, model)
     return mlp.train(model.training)
 
 
-# the reference's names and the convolution's for the vectors of a BatchNorm
-_NORM = [("gamma", "weight"), ("beta", "bias"), ("running_mean", "running_mean"), ("running_var", "running_var")]
+def to_torch(model: ConvWave) -> nn.Sequential:
+    """The windowed network of torch.nn's own modules that computes the same function; the weights are copied.
+
+    It reads (B, context) token ids. All windows' nodes of a level are rows of one matrix, so joining neighbours is
+    nn.Unflatten and nn.Flatten, and nn.BatchNorm1d counts each of them.
+
+    Raises:
+        ConversionError: a network with ``unbiased=True``: nn.BatchNorm1d normalises with the biased variance.
+    """
+    if model.unbiased:
+        raise ConversionError("model: normalises with the unbiased variance, nn.BatchNorm1d with the biased one")
+    layers: list[nn.Module] = [nn.Embedding(model.vocab_size, model.n_embd), nn.Flatten(0, 1)]
+    for block in model.layers:
+        H, C, k = block.conv.weight.shape
+        norm = nn.BatchNorm1d(H, block.norm.eps, block.norm.momentum)
+        layers += [nn.Unflatten(0, (-1, k)), nn.Flatten(1), nn.Linear(k * C, H, bias=False), norm, nn.Tanh()]
+    mlp = nn.Sequential(*layers, nn.Linear(model.widths[-1], model.vocab_size))
+    mlp.to(model.head.weight.device, model.head.weight.dtype)
+    _copy_into(_of_torch(mlp), model)
+    return mlp.train(model.training)
 
 
-def _parts(mlp: reference.Sequential) -> tuple[Embedding, list[tuple[Linear, BatchNorm1d]], Linear]:
-    """Embedding, (Linear, BatchNorm1d) per level, and head of a windowed network."""
-    embedding, *levels, head = mlp.layers
-    if not isinstance(embedding, Embedding) or not isinstance(head, Linear) or head.bias is None:
-        raise ValueError("mlp: expected an Embedding first and a Linear with bias last")
-    hidden = []
-    for i in range(0, len(levels), 4):
-        flatten, linear, norm, tanh = [*levels[i : i + 4], None, None, None][:4]
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def _copy_into(parts: _Parts, model: ConvWave) -> None:
+    """Write a convolution's weights into the tensors of a windowed network of the same shape."""
+    parts.embedding.copy_(model.embedding.weight)
+    for block, level in zip(model.layers, parts.levels, strict=True):
+        level.weight.copy_(block.conv.weight.transpose(1, 2).flatten(1))
+        for ours, theirs in _vectors(block.norm, level.norm):
+            theirs.copy_(ours)
+    parts.head_weight.copy_(model.head.weight)
+    parts.head_bias.copy_(model.head.bias)
+
+
+def _vectors(ours: nn.Module, theirs: reference.BatchNorm1d | nn.BatchNorm1d) -> list[tuple[Tensor, Tensor]]:
+    """The (H,) tensors of a BatchNorm of the convolution, each with its counterpart."""
+    names = ["weight", "bias", "running_mean", "running_var"]
+    other = ["gamma", "beta", *names[2:]] if isinstance(theirs, reference.BatchNorm1d) else names
+    return [(getattr(ours, a), getattr(theirs, b)) for a, b in zip(names, other, strict=True)]
+
+
+def _of_reference(mlp: reference.Sequential) -> _Parts:
+    embedding, *middle, head = mlp.layers
+    if not isinstance(embedding, reference.Embedding):
+        raise ConversionError(f"mlp: expected an Embedding first, got {type(embedding).__name__}")
+    if not isinstance(head, reference.Linear) or head.bias is None:
+        raise ConversionError("mlp: expected a Linear with bias last")
+    levels: list[_Level] = []
+    for i in range(0, len(middle), 4):
+        flatten, linear, norm, tanh = [*middle[i : i + 4], None, None, None][:4]
         if not (
-            isinstance(flatten, Flatten | FlattenConsecutive)
-            and isinstance(linear, Linear)
-            and linear.bias is None
-            and isinstance(norm, BatchNorm1d)
-            and isinstance(tanh, Tanh)
+            isinstance(flatten, reference.Flatten | reference.FlattenConsecutive)
+            and isinstance(linear, reference.Linear)
+            and isinstance(norm, reference.BatchNorm1d)
+            and isinstance(tanh, reference.Tanh)
         ):
-            names = [type(layer).__name__ for layer in levels[i : i + 4]]
-            raise ValueError(f"mlp: expected flatten, Linear without bias, BatchNorm1d, Tanh per level, got {names}")
-        hidden.append((linear, norm))
-    return embedding, hidden, head
+            names = [type(layer).__name__ for layer in middle[i : i + 4]]
+            raise ConversionError(f"mlp: expected flatten, Linear, BatchNorm1d, Tanh per level, got {names}")
+        levels.append(_Level(linear.weight.T, linear.bias, norm))
+    norms = list(mlp.norms())
+    if not norms or len({(norm.unbiased, norm.training) for norm in norms}) != 1:
+        raise ConversionError("mlp: expected one variance, biased or unbiased, and one mode at all levels")
+    return _Parts(embedding.weight, levels, head.weight.T, head.bias, norms[0].unbiased, norms[0].training)
+
+
+def _of_torch(mlp: nn.Module) -> _Parts:
+    leaves = [module for module in mlp.modules() if not list(module.children())]
+    kinds = (nn.Embedding, nn.Linear, nn.BatchNorm1d, nn.Tanh)
+    for leaf in leaves:
+        if not isinstance(leaf, kinds) and (list(leaf.parameters()) or isinstance(leaf, nn.Dropout)):
+            raise ConversionError(f"mlp: cannot convert {leaf}")
+    known = [leaf for leaf in leaves if isinstance(leaf, kinds)]
+    embedding, *middle, head = known if len(known) > 1 else [None, None]
+    if not isinstance(embedding, nn.Embedding):
+        raise ConversionError("mlp: expected an nn.Embedding first")
+    if embedding.padding_idx is not None or embedding.max_norm is not None:
+        raise ConversionError(f"mlp: {embedding} trains differently: padding_idx and max_norm have no counterpart")
+    if not isinstance(head, nn.Linear) or head.bias is None:
+        raise ConversionError("mlp: expected an nn.Linear with bias last")
+    levels: list[_Level] = []
+    for i in range(0, len(middle), 3):
+        linear, norm, tanh = [*middle[i : i + 3], None, None][:3]
+        if not (isinstance(linear, nn.Linear) and isinstance(norm, nn.BatchNorm1d) and isinstance(tanh, nn.Tanh)):
+            names = [type(module).__name__ for module in middle[i : i + 3]]
+            raise ConversionError(f"mlp: expected Linear, BatchNorm1d, Tanh per level, got {names}")
+        if not norm.affine or not norm.track_running_stats or norm.momentum is None:
+            raise ConversionError(f"mlp: {norm} needs affine parameters, running statistics and a momentum")
+        levels.append(_Level(linear.weight, linear.bias, norm))
+    if not levels:
+        raise ConversionError("mlp: expected at least one Linear, BatchNorm1d, Tanh between Embedding and head")
+    return _Parts(embedding.weight, levels, head.weight, head.bias, unbiased=False, training=mlp.training)
+
+
+@torch.no_grad()
+def _check_same_function(mlp: nn.Module, model: ConvWave) -> None:
+    """Compare copies of both in float64 on random windows, in both modes."""
+    theirs, ours = copy.deepcopy(mlp).double().cpu(), copy.deepcopy(model).double().cpu()
+    generator = torch.Generator().manual_seed(0)
+    windows = torch.randint(0, model.vocab_size, (64, model.context), generator=generator)
+    graph = graph_of_windows(windows, windows[:, -1], model.factors)
+    for training in (True, False):
+        try:
+            expected = theirs.train(training)(windows)
+        except (RuntimeError, ValueError, IndexError) as error:
+            reason = str(error).splitlines()[0]
+            raise ConversionError(f"mlp: cannot read windows of {model.context} tokens: {reason}") from None
+        got = ours.train(training)(graph)
+        if expected.shape != got.shape or not torch.allclose(expected, got, rtol=1e-9, atol=1e-9):
+            mode = "training" if training else "evaluation"
+            detail = f"shape {tuple(expected.shape)} instead of {tuple(got.shape)}"
+            if expected.shape == got.shape:
+                detail = f"logits differ by up to {float((expected - got).abs().max()):.2g}"
+            raise ConversionError(f"mlp: computes another function in {mode} mode ({detail})")

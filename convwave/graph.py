@@ -131,11 +131,21 @@ def windowed_graph(
     back = torch.arange(context - 1, -1, -1, device=packed.tokens.device)
     index = torch.arange(len(packed), device=packed.tokens.device)
     window = torch.maximum(index[:, None] - back, _first(packed)[:, None])  # (N, context)
-    taps, rows = [], window.numel()
-    for factor in factors:
-        taps.append(torch.arange(rows, device=window.device).view(-1, factor).T)
-        rows //= factor
-    return _graph("windowed", factors, packed.tokens[window.flatten()], tuple(taps), counts, packed.targets)
+    return _window_trees(packed.tokens[window], packed.targets, factors, counts)
+
+
+def graph_of_windows(windows: Tensor, targets: Tensor, factors: Sequence[int]) -> Graph:
+    """A tree of its own for each of some windows of token ids, whatever they begin with. Row m is window m.
+
+    Args:
+        windows: (M, context) int64, at least one.
+        targets: (M,) int64.
+        factors: taps per level; their product is the context.
+    """
+    if windows.ndim != 2 or windows.shape[0] < 1 or windows.shape[1] != math.prod(factors):
+        raise ValueError(f"windows: expected shape (M, {math.prod(factors)}), got {tuple(windows.shape)}")
+    counts = torch.ones(windows.shape[0], dtype=torch.float64, device=windows.device)
+    return _window_trees(windows, targets, tuple(factors), counts)
 
 
 def distinct_graph(
@@ -207,6 +217,14 @@ def multiplicities(taps: Sequence[Tensor], counts: Tensor, rows_below: Sequence[
             below.index_add_(0, tap, weights[0])
         weights.insert(0, below)
     return tuple(weights)
+
+
+def _window_trees(windows: Tensor, targets: Tensor, factors: tuple[int, ...], counts: Tensor) -> Graph:
+    taps, rows = [], windows.numel()
+    for factor in factors:
+        taps.append(torch.arange(rows, device=windows.device).view(-1, factor).T)
+        rows //= factor
+    return _graph("windowed", factors, windows.flatten(), tuple(taps), counts, targets)
 
 
 def _graph(

@@ -119,7 +119,7 @@ class ConvWave(nn.Module):
     Args:
         vocab_size: V.
         n_embd: channels of the embedding.
-        n_hidden: channels H of every level.
+        n_hidden: channels H of every level, or one number for each.
         levels: number of pairwise levels; the context is ``2 ** levels`` tokens.
         unbiased: normalise with the unbiased variance (the post) or the biased one (`nn.BatchNorm1d`).
         backend: "eager" is plain PyTorch; "auto" picks the fastest that is there; "triton" asks for the kernels.
@@ -133,7 +133,7 @@ class ConvWave(nn.Module):
         self,
         vocab_size: int = 27,
         n_embd: int = 10,
-        n_hidden: int = 68,
+        n_hidden: int | Sequence[int] = 68,
         levels: int = 3,
         unbiased: bool = True,
         backend: str = "auto",
@@ -144,7 +144,10 @@ class ConvWave(nn.Module):
     ) -> None:
         super().__init__()
         factors = tuple(factors) if factors is not None else (2,) * levels
-        sizes = {"vocab_size": vocab_size, "n_embd": n_embd, "n_hidden": n_hidden, "levels": len(factors)}
+        widths = [n_hidden] * len(factors) if isinstance(n_hidden, int) else list(n_hidden)
+        if len(widths) != len(factors):
+            raise ValueError(f"n_hidden: expected one number or {len(factors)}, one per level, got {len(widths)}")
+        sizes = {"vocab_size": vocab_size, "n_embd": n_embd, "levels": len(factors), "n_hidden": min(widths, default=1)}
         for name, value in sizes.items():
             if value < 1:
                 raise ValueError(f"{name}: expected at least 1, got {value}")
@@ -154,20 +157,20 @@ class ConvWave(nn.Module):
             raise ValueError(f"statistics: expected 'windows' or 'positions', got {statistics!r}")
         if vocabulary is not None and len(vocabulary) != vocab_size:
             raise ValueError(f"vocabulary: expected {vocab_size} symbols, got {len(vocabulary)}")
-        self.vocab_size, self.n_embd, self.n_hidden = vocab_size, n_embd, n_hidden
+        self.vocab_size, self.n_embd, self.widths = vocab_size, n_embd, tuple(widths)
         self.factors, self.unbiased, self.statistics = factors, unbiased, statistics
         self.backend = choose_backend(backend)
         self.vocabulary = vocabulary
 
         self.embedding = nn.Embedding(vocab_size, n_embd)
-        widths = [n_embd] + [n_hidden] * len(factors)
+        channels = [n_embd, *widths]
         self.blocks = nn.ModuleList(
-            ConvBatchNormTanh(widths[i], n_hidden, factor, math.prod(factors[:i]), unbiased)
+            ConvBatchNormTanh(channels[i], channels[i + 1], factor, math.prod(factors[:i]), unbiased)
             for i, factor in enumerate(factors)
         )
-        self.head = nn.Linear(n_hidden, vocab_size)
+        self.head = nn.Linear(widths[-1], vocab_size)
         with torch.no_grad():  # the post's start: near-uniform predictions
-            self.head.weight.normal_(std=0.1 * n_hidden**-0.5)
+            self.head.weight.normal_(std=0.1 * widths[-1] ** -0.5)
             self.head.bias.zero_()
 
     @property
@@ -207,7 +210,7 @@ class ConvWave(nn.Module):
         return {
             "vocab_size": self.vocab_size,
             "n_embd": self.n_embd,
-            "n_hidden": self.n_hidden,
+            "n_hidden": list(self.widths),
             "factors": list(self.factors),
             "unbiased": self.unbiased,
             "statistics": self.statistics,

@@ -7,7 +7,7 @@ system. A network reads windows (B, block_size) of token ids and returns logits 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -187,7 +187,7 @@ def MLP(
 def HierarchicalMLP(
     vocab_size: int = 27,
     n_embd: int = 10,
-    n_hidden: int = 68,
+    n_hidden: int | Sequence[int] = 68,
     levels: int = 3,
     *,
     factors: tuple[int, ...] | None = None,
@@ -196,6 +196,7 @@ def HierarchicalMLP(
     """The post's last network: join neighbours, Linear, BatchNorm, tanh, level by level.
 
     Args:
+        n_hidden: width of every level, or one number for each.
         levels: number of pairwise levels; windows are ``2 ** levels`` tokens wide.
         factors: neighbours joined at each level instead of ``levels`` times 2.
         generator: source of the initial weights; default: seeded with 42, as in the post.
@@ -203,16 +204,10 @@ def HierarchicalMLP(
     g = generator or torch.Generator().manual_seed(42)
     factors = factors or (2,) * levels
     layers: list[Layer] = [Embedding(vocab_size, n_embd, torch.randn, g)]
-    width = n_embd
-    for factor in factors:
-        layers += [
-            FlattenConsecutive(factor),
-            Linear(width * factor, n_hidden, False, g),
-            BatchNorm1d(n_hidden),
-            Tanh(),
-        ]
-        width = n_hidden
-    layers.append(_head(n_hidden, vocab_size, g))
+    widths = [n_embd, *([n_hidden] * len(factors) if isinstance(n_hidden, int) else n_hidden)]
+    for factor, below, width in zip(factors, widths[:-1], widths[1:], strict=True):
+        layers += [FlattenConsecutive(factor), Linear(below * factor, width, False, g), BatchNorm1d(width), Tanh()]
+    layers.append(_head(widths[-1], vocab_size, g))
     return Sequential(layers, factors)
 
 
