@@ -24,8 +24,8 @@ from convwave.console import ConsoleReporter, number, stderr, table
 from convwave.data import NAMES_URL, DataError, Vocabulary, Words, fetch_names, load_words, pack, split_words
 from convwave.evaluation import EvaluationSet
 from convwave.generation import sample
-from convwave.nn import ConvWave
-from convwave.provenance import provenance
+from convwave.nn import ConvWave, available_backends
+from convwave.provenance import device_name, provenance
 from convwave.recipes import PUBLISHED, RECIPES
 from convwave.training import (
     MODEL_FILE,
@@ -120,16 +120,21 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument("--fast-steps", type=int, help="steps of the recipe fast (default: the recipe's)")
     p.add_argument("--seed", type=int, help="default: 42 for the post's networks, as in the post, and 0 for fast")
 
+    p = command("verify", _verify, "Prove on this machine that the convolution is the windowed network.")
+    _checkpoint_argument(p, "default: a freshly initialised and a briefly trained network")
+    p.add_argument("--device", default="cpu", help="cpu (default), cuda, ...")
+    p.add_argument("--seed", type=int, default=0, help="of the networks and batches (default: 0)")
+    p.add_argument("--out", type=Path, default=RUNS / "certificate.json", metavar="FILE", help="the certificate")
+
     p = command("data", _data, "Show which words are used; 'data fetch' downloads the post's.")
     p.add_argument("action", nargs="?", choices=["show", "fetch"], default="show")
     p.add_argument("--url", default=NAMES_URL, help="where 'fetch' finds names.txt")
     return parser
 
 
-def _checkpoint_argument(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "checkpoint", nargs="?", type=Path, help="a model file or the directory of a run (default: the newest in runs/)"
-    )
+def _checkpoint_argument(parser: argparse.ArgumentParser, default: str = "default: the newest in runs/") -> None:
+    text = f"a model file or the directory of a run ({default})"
+    parser.add_argument("checkpoint", nargs="?", type=Path, help=text)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -291,6 +296,67 @@ def _reproduce(args: argparse.Namespace) -> None:
     reproduction_plot(rows, args.out / "reproduce.png")
     console.print(f"written: {args.out / 'reproduce.json'}, {args.out / 'reproduce.png'}")
     _print_json(args, report)
+
+
+def _verify(args: argparse.Namespace) -> int:
+    from convwave.verification import Check, verify, weights_sha256
+
+    _check_device(args.device)
+    words = _words(args)
+    splits = split_words(words.words)
+    networks: dict[str, ConvWave] = {}
+    if args.checkpoint is not None:
+        path, model = _load(args)
+        networks[str(path)] = model
+        vocabulary = _vocabulary(model, path)
+    else:
+        vocabulary = Vocabulary.from_words(words.words)
+        torch.manual_seed(args.seed)
+        networks["fresh"] = ConvWave(len(vocabulary), vocabulary=vocabulary)
+        networks["trained"] = train(Config.make(steps=60, seed=args.seed), words).model
+    console = stderr()
+    started = time.perf_counter()
+    checks: list[Check] = []
+    for name, model in networks.items():
+        label = name if args.checkpoint is None else ""
+        for check in verify(model, splits, vocabulary, network=label, device=args.device, seed=args.seed):
+            checks.append(check)
+            if console.is_terminal:
+                console.print(f"{'ok    ' if check.passed else 'FAILED'} {check.name}")
+    seconds = time.perf_counter() - started
+    rows = [
+        [
+            check.name,
+            *(f"{value:.1e}" for value in (check.max_abs_error, check.relative_error, check.bound)),
+            check.origin,
+            "pass" if check.passed else "FAIL",
+        ]
+        for check in checks
+    ]
+    columns = ["check", "max abs error", "relative to f64", "bound", "where the bound comes from", "result"]
+    console.print(table("The convolution against the windowed network", columns, rows))
+    failed = [check for check in checks if not check.passed]
+    for check in failed:
+        console.print(f"FAILED {check.name}: {check.compared}; first at {check.where or 'no single place'}")
+    console.print(f"{len(checks) - len(failed)} of {len(checks)} checks passed in {seconds:.1f} s")
+    certificate = {
+        "passed": not failed,
+        "seconds": seconds,
+        "networks": {
+            name: {"config": model.config(), "weights_sha256": weights_sha256(model)}
+            for name, model in networks.items()
+        },
+        "data": words.source,
+        "data_sha256": words.sha256,
+        "device": device_name(args.device),
+        "backends": available_backends(),
+        "provenance": provenance(shlex.join(["convwave", *sys.argv[1:]])),
+        "checks": [check.to_json() for check in checks],
+    }
+    write_atomic(args.out, (json.dumps(certificate, indent=2) + "\n").encode())
+    console.print(f"certificate {args.out}")
+    _print_json(args, certificate)
+    return 1 if failed else 0
 
 
 def _data(args: argparse.Namespace) -> None:

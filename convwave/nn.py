@@ -226,6 +226,11 @@ class ConvWave(nn.Module):
         return f"context={self.context}, statistics={self.statistics!r}, backend={self.backend!r}"
 
 
+def available_backends() -> list[str]:
+    """The backends that this machine and this version have."""
+    return ["eager"]
+
+
 def choose_backend(backend: str) -> str:
     """The backend that "auto", "eager" or "triton" means on this machine.
 

@@ -1,0 +1,591 @@
+"""A certificate that the convolution is the windowed network: on this machine, with these weights, on this text.
+
+The windowed network of `reference`, in float64, is the truth. Every other way to evaluate the same weights (windowed,
+dense and distinct graphs, cached generation; float64 and float32) is compared with it. Bounds are derived:
+
+- float64: 1e-10 of the largest value, the contract (rounding alone stays below 1e-13 on names);
+- float32: four times the error that the windowed network itself makes in float32, against the same truth;
+- trajectory: 1e-9 after 1,000 steps, over which rounding grows;
+- causality: exactly 0.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import random
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from convwave import functional, reference
+from convwave.convert import to_windowed
+from convwave.data import Packed, Splits, Vocabulary, pack, pack_ids
+from convwave.generation import GenerationCache
+from convwave.graph import Graph, dense_graph, distinct_graph, select_windows, windowed_graph
+from convwave.nn import ConvWave
+from convwave.training import threads
+
+GRAPHS: dict[str, Callable[..., Graph]] = {
+    "windowed": windowed_graph,
+    "dense": dense_graph,
+    "distinct": distinct_graph,
+}
+CONTRACT = 1e-10
+TRAJECTORY = 1e-9
+# the most window tokens that are evaluated at once: bounds the memory of the windowed network
+MOST_TOKENS = 2**16
+# the most that are evaluated in all: names.txt at context 8 has 1.8 million
+ALL_TOKENS = 2**22
+
+
+@dataclass(frozen=True)
+class Check:
+    """One comparison.
+
+    Attributes:
+        name: of the check: what, mode, graph, precision, network.
+        compared: what with what, in words.
+        max_abs_error: largest absolute difference.
+        relative_error: the same over the largest absolute value of the truth in float64.
+        bound: what max_abs_error must not exceed.
+        origin: where the bound comes from.
+        where: the first failing place, or the worst tensor.
+    """
+
+    name: str
+    compared: str
+    max_abs_error: float
+    relative_error: float
+    bound: float
+    origin: str
+    where: str = ""
+
+    @property
+    def passed(self) -> bool:
+        return self.max_abs_error <= self.bound  # False for NaN
+
+    def to_json(self) -> dict[str, Any]:
+        return {**asdict(self), "passed": self.passed}
+
+
+def verify(
+    model: ConvWave,
+    splits: Splits,
+    vocabulary: Vocabulary,
+    *,
+    network: str = "",
+    device: torch.device | str = "cpu",
+    seed: int = 0,
+    trajectory_steps: int = 1000,
+) -> Iterator[Check]:
+    """Run all checks on one network, one after another.
+
+    Args:
+        model: left as it is.
+        splits, vocabulary: the text.
+        network: a word that tells networks apart in the checks' names.
+        device: where the convolution is evaluated; the truth is computed on the CPU.
+        seed: of the random batches.
+        trajectory_steps: steps of the post's recipe to follow.
+
+    Yields:
+        Checks, the failed ones included.
+    """
+    verifier = _Verifier(model, splits, vocabulary, network, torch.device(device), seed)
+    yield from verifier.evaluation()
+    yield from verifier.training()
+    yield from verifier.generation()
+    yield from verifier.causality()
+    yield from verifier.trajectory(trajectory_steps)
+
+
+def weights_sha256(model: ConvWave) -> str:
+    """A hash of every parameter and running statistic, names and bytes."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}\n".encode())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+class _Verifier:
+    def __init__(
+        self, model: ConvWave, splits: Splits, vocabulary: Vocabulary, network: str, device: torch.device, seed: int
+    ) -> None:
+        self.model, self.splits, self.vocabulary = model, splits, vocabulary
+        self.suffix = f" ({network})" if network else ""
+        self.device = device
+        self.random = random.Random(seed)
+        self.generator = torch.Generator().manual_seed(seed)
+        words, self.part = self._affordable([*splits.train, *splits.val, *splits.test])
+        self.evaluated = pack(words, vocabulary)
+        self._truths: dict[torch.dtype, tuple[Tensor, float]] = {}
+
+    # -----------------------------------------------------------------------------------------------------------------
+    # Evaluation mode: every position of every split
+
+    def evaluation(self) -> Iterator[Check]:
+        packed = self.evaluated
+        for dtype in (torch.float64, torch.float32):
+            expected, bound = self._truth(dtype)
+            model = self._model(dtype).eval()
+            for kind, make in GRAPHS.items():
+                if kind == "distinct":
+                    got = self._logits(make(packed, factors=model.factors), model)
+                else:
+                    got = _in_chunks(packed, model.context, partial(self._logits_of, make, model))
+                yield self._check(
+                    f"logits, evaluation, {kind}, {_short(dtype)}",
+                    f"{len(packed):,} positions{self.part}, {kind} graph with the windowed network",
+                    got,
+                    expected,
+                    bound,
+                    dtype,
+                    partial(self._locate, make, packed, model, None),
+                )
+
+    def _truth(self, dtype: torch.dtype) -> tuple[Tensor, float]:
+        """Logits (N, V) of the windowed network in float64, and the relative bound for `dtype`; computed once."""
+        if dtype not in self._truths:
+            truth, own = self._references(dtype)
+            rounded = dtype != self.model.head.weight.dtype and dtype != torch.float64
+            if torch.float64 in self._truths and not rounded:  # the same weights, so the same truth
+                expected = self._truths[torch.float64][0]
+            else:
+                expected = _in_chunks(self.evaluated, self.model.context, partial(_windowed_logits, truth.eval()))
+            bound = CONTRACT
+            if dtype != torch.float64:
+                theirs = _in_chunks(self.evaluated, self.model.context, partial(_windowed_logits, own.eval()))
+                bound = _float32_bound(_relative(theirs, expected))
+            self._truths[dtype] = expected, bound
+        return self._truths[dtype]
+
+    # -----------------------------------------------------------------------------------------------------------------
+    # Training mode: logits, loss, gradients, running statistics
+
+    def training(self) -> Iterator[Check]:
+        # real names, some of them twice, a name of one letter and an empty one
+        most = max(2, MOST_TOKENS // self.model.context // 8)
+        words = self.random.sample(self.splits.train, min(256, most, len(self.splits.train)))
+        packed = pack([*words, *words[:8], self.vocabulary.symbols[-1], ""], self.vocabulary)
+        counts = torch.randint(0, 4, (len(packed),), generator=self.generator)
+        counts[:2] += 1
+        for dtype in (torch.float64, torch.float32):
+            for title, weights in (("once each", None), ("random counts", counts)):
+                yield from self._training(dtype, packed, title, weights)
+            yield from self._statistics(dtype, packed)
+
+    def _training(self, dtype: torch.dtype, packed: Packed, title: str, counts: Tensor | None) -> Iterator[Check]:
+        truth, own = self._references(dtype)
+        expected, expected_loss, expected_gradients = _windowed_step(truth.train(), packed, counts)
+        bounds = dict.fromkeys(("logits", "loss", "gradients"), CONTRACT)
+        if dtype != torch.float64:
+            theirs, their_loss, their_gradients = _windowed_step(own.train(), packed, counts)
+            worst = max(_relative(a, b) for a, b in zip(their_gradients, expected_gradients, strict=True))
+            bounds = {
+                "logits": _float32_bound(_relative(theirs, expected)),
+                "loss": _float32_bound(_relative(their_loss, expected_loss)),
+                "gradients": _float32_bound(worst),
+            }
+        rows = _rows(len(packed), counts)
+        for kind, make in GRAPHS.items():
+            model = self._model(dtype).train()
+            graph = make(packed, factors=model.factors, counts=counts).to(self.device)
+            logits = model(graph)
+            loss = functional.loss(logits, graph)
+            loss.backward()
+            got = _per_position(logits, graph).detach().cpu()[rows]
+            where = f"{kind}, {title}, {_short(dtype)}"
+
+            text = f"{len(rows):,} windows {title}, {kind} graph with the windowed network"
+            locate = partial(self._locate, make, packed, self._model(dtype).train(), counts)
+            yield self._check(f"logits, training, {where}", text, got, expected, bounds["logits"], dtype, locate)
+            yield self._check(
+                f"loss, training, {where}", text, loss.detach().cpu(), expected_loss, bounds["loss"], dtype
+            )
+            yield self._tensors(
+                f"gradients, training, {where}",
+                f"all {len(expected_gradients)} parameters, {text}",
+                dict(
+                    zip(_parameter_names(model), zip(_gradients(model), expected_gradients, strict=True), strict=True)
+                ),
+                bounds["gradients"],
+                dtype,
+            )
+
+    def _statistics(self, dtype: torch.dtype, packed: Packed, steps: int = 5) -> Iterator[Check]:
+        """Running mean and variance after several steps of the post's SGD on the whole batch."""
+
+        def run_windowed(mlp: reference.Sequential) -> list[Tensor]:
+            windows = reference.build_windows(packed, mlp.block_size)
+            for _ in range(steps):
+                reference.sgd_step(mlp.train(), windows.inputs, windows.targets, 0.1)
+            return [statistic for norm in mlp.norms() for statistic in (norm.running_mean, norm.running_var)]
+
+        truth, own = self._references(dtype)
+        expected = run_windowed(truth)
+        bound = CONTRACT
+        if dtype != torch.float64:
+            bound = _float32_bound(max(_relative(a, b) for a, b in zip(run_windowed(own), expected, strict=True)))
+        for kind, make in GRAPHS.items():
+            model = self._model(dtype).train()
+            graph = make(packed, factors=model.factors).to(self.device)
+            optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+            for _ in range(steps):
+                optimizer.zero_grad()
+                functional.loss(model(graph), graph).backward()
+                optimizer.step()
+            pairs = {}
+            for level, block in enumerate(model.layers):
+                for i, name in enumerate(("running_mean", "running_var")):
+                    pairs[f"level {level} {name}"] = (getattr(block.norm, name).cpu(), expected[2 * level + i])
+            yield self._tensors(
+                f"running statistics, {kind}, {_short(dtype)}",
+                f"after {steps} SGD steps on {len(packed):,} windows, {kind} graph with the windowed network",
+                pairs,
+                bound,
+                dtype,
+            )
+
+    # -----------------------------------------------------------------------------------------------------------------
+    # Cached generation
+
+    def generation(self) -> Iterator[Check]:
+        """The last words that `evaluation` saw, letter by letter."""
+        packed = self.evaluated
+        words = torch.arange(max(0, packed.num_words - 4000), packed.num_words)
+        first = int(packed.cu_seqlens[words[0]])
+        lengths = packed.cu_seqlens.diff()[words]
+        columns = torch.arange(int(lengths.max()))
+        inside = columns < lengths[:, None]  # (B, T)
+        tokens = torch.zeros(inside.shape, dtype=torch.int64)
+        tokens[inside] = packed.tokens[first:]
+        for dtype in (torch.float64, torch.float32):
+            expected, bound = self._truth(dtype)
+            cache = GenerationCache(self._model(dtype).eval(), len(words))
+            cut = max(1, len(columns) // 3)  # in two calls, as a prefix and a continuation
+            placed = tokens.to(self.device)
+            got = torch.cat([cache.extend(placed[:, :cut]), cache.extend(placed[:, cut:])], dim=1).cpu()
+            yield self._check(
+                f"cached generation, {_short(dtype)}",
+                f"{len(packed) - first:,} positions read letter by letter, with the windowed network",
+                got[inside],
+                expected[first:],
+                bound,
+                dtype,
+                lambda row: _place(packed, first + row, self.vocabulary),
+            )
+
+    # -----------------------------------------------------------------------------------------------------------------
+    # Causality
+
+    @torch.no_grad()
+    def causality(self) -> Iterator[Check]:
+        words = self.random.sample(self.splits.train, min(32, len(self.splits.train)))
+        ids = [self.vocabulary.encode(word) for word in words]
+        V = len(self.vocabulary)
+        ids.append([1 + i % (V - 1) for i in range(2 * self.model.context + 5)] if self.model.context <= 64 else [1])
+        packed = pack_ids(ids)
+        lengths = packed.cu_seqlens.diff()
+        offset = torch.arange(len(packed)) - torch.repeat_interleave(packed.cu_seqlens[:-1], lengths)
+        longest = int(lengths.max())
+        steps = range(1, longest)
+        model = self._model(torch.float64).eval()
+        poisoned = copy.deepcopy(model)  # knows one more token, and that one is NaN
+        row = torch.full((1, model.n_embd), float("nan"), dtype=torch.float64, device=self.device)
+        poisoned.embedding = nn.Embedding.from_pretrained(torch.cat([model.embedding.weight, row]))
+
+        for kind, make in GRAPHS.items():
+            base = self._logits_of(make, model, packed)
+            changed, leaked, lost, first = 0.0, 0, 0, ""
+            for t in steps:
+                here = offset == t
+                if kind != "distinct":  # the same shapes, so the same sums in the same order: equal to the last bit
+                    other = torch.where(here, (packed.tokens + 1) % V, packed.tokens)
+                    altered = Packed(other, packed.targets, packed.cu_seqlens)
+                    got = self._logits_of(make, model, altered)
+                    before = offset < t
+                    change = float((got - base)[before].abs().max())
+                    if change > changed:
+                        changed, first = change, first or _place(packed, _first_row(got, base, before), self.vocabulary)
+                planted = Packed(torch.where(here, V, packed.tokens), packed.targets, packed.cu_seqlens)
+                got = self._logits_of(make, poisoned, planted)
+                affected = got.isnan().any(1)
+                long_enough = torch.repeat_interleave(lengths > t, lengths)
+                sees = long_enough & (offset >= t) & (offset < t + model.context)
+                if bool((affected & ~sees).any()):
+                    leaked += int((affected & ~sees).sum())
+                    first = first or _place(packed, int((affected & ~sees).nonzero()[0]), self.vocabulary)
+                lost += int((sees & ~affected).sum())
+            text = f"{len(ids)} words, {kind} graph, every t in 1 .. {longest - 1}"
+            exact = "exact: a position does not see later tokens"
+            if kind != "distinct":
+                yield Check(
+                    f"causality, changed token, {kind}{self.suffix}",
+                    f"logits before t when token t changes; {text}",
+                    changed,
+                    changed / float(base.abs().max()),
+                    0.0,
+                    exact,
+                    first,
+                )
+            yield Check(
+                f"causality, planted NaN, {kind}{self.suffix}",
+                f"positions outside t .. t + {model.context - 1} of its word that a NaN at t reaches, and positions "
+                f"inside that it does not; {text}",
+                float(leaked + lost),
+                float(leaked + lost),
+                0.0,
+                exact,
+                first,
+            )
+
+    # -----------------------------------------------------------------------------------------------------------------
+    # A training trajectory
+
+    def trajectory(self, steps: int, batch: int = 32) -> Iterator[Check]:
+        """The post's recipe on the same random windows: literally for the MLP, as counts for the convolution."""
+        words, _ = self._affordable(self.splits.train)
+        packed = pack(words, self.vocabulary)
+        everything = distinct_graph(packed, factors=self.model.factors)
+        windows = reference.build_windows(packed, self.model.context)
+        mlp = to_windowed(self._model(torch.float64).cpu()).train()
+        model = self._model(torch.float64).train()
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        largest_loss = 0.0
+        with threads(1):
+            for _ in range(steps):
+                drawn = torch.randint(0, len(packed), (batch,), generator=self.generator)
+                expected = reference.sgd_step(mlp, windows.inputs[drawn], windows.targets[drawn], 0.1)
+                graph = select_windows(everything, drawn, packed.targets[drawn]).to(self.device)
+                optimizer.zero_grad()
+                loss = functional.loss(model(graph), graph)
+                loss.backward()
+                optimizer.step()
+                largest_loss = max(largest_loss, abs(loss.item() - expected))
+        pairs = dict(zip(_parameter_names(model), zip(_weights(model), mlp.parameters(), strict=True), strict=True))
+        error, where = 0.0, ""
+        for name, (got, truth) in pairs.items():
+            difference = float((got.detach().cpu() - truth.detach()).abs().max())
+            if not difference <= error:
+                error, where = difference, f"{name}; losses differ by up to {largest_loss:.1e}"
+        scale = max(float(truth.detach().abs().max()) for _, truth in pairs.values())
+        yield Check(
+            f"trajectory, {steps} steps, f64{self.suffix}",
+            f"weights after {steps:,} steps of the post's SGD on {batch} random windows, as counts with as windows",
+            error,
+            error / scale,
+            TRAJECTORY,
+            f"{TRAJECTORY:g} absolute: rounding grows over the steps",
+            where,
+        )
+
+    # -----------------------------------------------------------------------------------------------------------------
+    # Pieces
+
+    def _model(self, dtype: torch.dtype) -> ConvWave:
+        return copy.deepcopy(self.model).to(self.device, dtype)
+
+    def _references(self, dtype: torch.dtype) -> tuple[reference.Sequential, reference.Sequential]:
+        """The windowed network of the same weights: in float64, and in `dtype`."""
+        rounded = copy.deepcopy(self.model).cpu().to(dtype)
+        return to_windowed(copy.deepcopy(rounded).double()), to_windowed(rounded)
+
+    @torch.no_grad()
+    def _logits(self, graph: Graph, model: ConvWave) -> Tensor:
+        return _per_position(model(graph.to(self.device)), graph).cpu()
+
+    def _logits_of(self, make: Callable[..., Graph], model: ConvWave, packed: Packed) -> Tensor:
+        return self._logits(make(packed, factors=model.factors), model)
+
+    def _affordable(self, words: Sequence[str]) -> tuple[list[str], str]:
+        """Words whose windows fit the budget: all of them, or a random part, and a note for the latter."""
+        positions = sum(len(word) + 1 for word in words)
+        if positions * self.model.context <= ALL_TOKENS:
+            return list(words), ""
+        chosen, used = [], 0
+        for word in self.random.sample(list(words), len(words)):
+            chosen.append(word)
+            used += len(word) + 1
+            if used * self.model.context > ALL_TOKENS:
+                break
+        return chosen, f" of {positions:,}"
+
+    def _check(
+        self,
+        name: str,
+        compared: str,
+        got: Tensor,
+        expected: Tensor,
+        bound: float,
+        dtype: torch.dtype,
+        locate: Callable[[int], str] | None = None,
+    ) -> Check:
+        scale = float(expected.abs().max())
+        difference = (got.double() - expected.double()).abs()
+        error = float(difference.max())
+        where = ""
+        if locate is not None and not error <= bound * scale:
+            bad = ~(difference <= bound * scale)
+            where = locate(int(bad.flatten(1).any(1).nonzero()[0]))
+        return Check(name + self.suffix, compared, error, error / scale, bound * scale, _origin(dtype, bound), where)
+
+    def _tensors(
+        self, name: str, compared: str, pairs: dict[str, tuple[Tensor, Tensor]], bound: float, dtype: torch.dtype
+    ) -> Check:
+        """Several tensors at once: the one that is worst relative to its own largest value."""
+        worst = None
+        for tensor, (got, expected) in pairs.items():
+            check = self._check(name, compared, got.detach().cpu(), expected.detach(), bound, dtype)
+            if worst is None or not check.relative_error <= worst.relative_error:
+                worst = replace(check, where=f"worst: {tensor}")
+        assert worst is not None
+        return worst
+
+    def _locate(
+        self, make: Callable[..., Graph], packed: Packed, model: ConvWave, counts: Tensor | None, index: int
+    ) -> str:
+        """The first node, level and channel of the tree of a compared row that differs from the windowed network's.
+
+        In training mode compared rows are windows, each as often as it counts; otherwise they are positions.
+        """
+        training, dtype = model.training, model.head.weight.dtype
+        rows = _rows(len(packed), counts)
+        position = int(rows[index])
+        if not training:
+            rows, index = torch.tensor([position]), 0
+        truth, _ = self._references(dtype)
+        windows = reference.build_windows(packed, model.context).inputs
+        expected = _windowed_activations(truth.train(training), windows[rows])
+        graph = make(packed, factors=model.factors, counts=counts)
+        got = _graph_activations(copy.deepcopy(model), graph.to(self.device))
+        nodes = torch.tensor([position if graph.inverse is None else int(graph.inverse[position])])
+        of_level: list[Tensor] = []
+        for taps in reversed(graph.taps):
+            of_level.insert(0, nodes)
+            nodes = taps[:, nodes].T.flatten()
+        tolerance = 1e-9 if dtype == torch.float64 else 1e-3
+        place = _place(packed, position, self.vocabulary)
+        for level, (ours, theirs) in enumerate(zip(got, expected, strict=True)):
+            mine = ours.cpu().double()[of_level[level]]
+            bad = ~((mine - theirs.view(len(rows), -1, theirs.shape[-1])[index]).abs() <= tolerance)
+            if bool(bad.any()):
+                node, channel = bad.nonzero()[0].tolist()
+                return f"{place}, level {level}, node {node}, channel {channel}"
+        return f"{place}, head"
+
+
+@torch.no_grad()
+def _windowed_activations(mlp: reference.Sequential, windows: Tensor) -> list[Tensor]:
+    activations, x = [], windows
+    for layer in mlp.layers:
+        x = layer(x)
+        if isinstance(layer, reference.Tanh):
+            activations.append(x)
+    return activations
+
+
+@torch.no_grad()
+def _graph_activations(model: ConvWave, graph: Graph) -> list[Tensor]:
+    activations = []
+    h = model.embedding(graph.tokens)
+    for block, taps, weights, total in zip(model.layers, graph.taps, graph.weights, graph.totals, strict=True):
+        h = block(h, taps, weights, total)
+        activations.append(h)
+    return activations
+
+
+@torch.no_grad()
+def _windowed_logits(mlp: reference.Sequential, packed: Packed) -> Tensor:
+    return mlp(reference.build_windows(packed, mlp.block_size).inputs)
+
+
+def _windowed_step(
+    mlp: reference.Sequential, packed: Packed, counts: Tensor | None
+) -> tuple[Tensor, Tensor, list[Tensor]]:
+    """Logits, loss and gradients over every window as often as it counts, literally."""
+    windows = reference.build_windows(packed, mlp.block_size)
+    rows = _rows(len(packed), counts)
+    logits = mlp(windows.inputs[rows])
+    loss = F.cross_entropy(logits, windows.targets[rows])
+    gradients = torch.autograd.grad(loss, mlp.parameters())
+    return logits.detach(), loss.detach(), list(gradients)
+
+
+def _rows(positions: int, counts: Tensor | None) -> Tensor:
+    rows = torch.arange(positions)
+    return rows if counts is None else rows.repeat_interleave(counts)
+
+
+def _in_chunks(packed: Packed, context: int, evaluate: Callable[[Packed], Tensor]) -> Tensor:
+    """(N, V) logits, computed over so many words at a time that their windows fit MOST_TOKENS."""
+    size = max(1, MOST_TOKENS // context * packed.num_words // len(packed))
+    words = torch.arange(packed.num_words)
+    return torch.cat([evaluate(packed.select(part)) for part in words.split(size)])
+
+
+def _per_position(logits: Tensor, graph: Graph) -> Tensor:
+    return logits if graph.inverse is None else logits[graph.inverse.to(logits.device)]
+
+
+def _parameter_names(model: ConvWave) -> list[str]:
+    """Names of the convolution's parameters in the order of the windowed network's."""
+    names = ["embedding.weight"]
+    for level in range(model.levels):
+        names += [f"blocks.{level}.conv.weight", f"blocks.{level}.norm.weight", f"blocks.{level}.norm.bias"]
+    return [*names, "head.weight", "head.bias"]
+
+
+def _weights(model: ConvWave) -> list[Tensor]:
+    """The parameters in the windowed network's order and layouts."""
+    parameters = dict(model.named_parameters())
+    return [_as_windowed(name, parameters[name]) for name in _parameter_names(model)]
+
+
+def _gradients(model: ConvWave) -> list[Tensor]:
+    parameters = dict(model.named_parameters())
+    gradients = {name: parameters[name].grad for name in _parameter_names(model)}
+    return [_as_windowed(name, gradient) for name, gradient in gradients.items() if gradient is not None]
+
+
+def _as_windowed(name: str, tensor: Tensor) -> Tensor:
+    """A convolution weight (H, C, k) as (k * C, H); the head (V, H) as (H, V); others as they are."""
+    if name == "head.weight":
+        return tensor.T
+    return tensor.permute(2, 1, 0).flatten(0, 1) if tensor.ndim == 3 else tensor
+
+
+def _relative(got: Tensor, expected: Tensor) -> float:
+    return float((got.double() - expected.double()).abs().max() / expected.double().abs().max())
+
+
+def _float32_bound(error: float) -> float:
+    """Four times the windowed network's own error; not below the rounding of one number, which chance may undercut."""
+    return 4 * max(error, 2.0**-24)
+
+
+def _origin(dtype: torch.dtype, bound: float) -> str:
+    if dtype == torch.float64:
+        return f"contract: {CONTRACT:g} relative"
+    return f"4 x the windowed network's own float32 error ({bound / 4:.1e} relative)"
+
+
+def _short(dtype: torch.dtype) -> str:
+    return {torch.float64: "f64", torch.float32: "f32"}[dtype]
+
+
+def _first_row(got: Tensor, expected: Tensor, among: Tensor) -> int:
+    return int((((got - expected).abs().amax(1) > 0) & among).nonzero()[0])
+
+
+def _place(packed: Packed, row: int, vocabulary: Vocabulary) -> str:
+    """Name and position of a packed row."""
+    word = int(torch.searchsorted(packed.cu_seqlens, row, right=True)) - 1
+    start, end = packed.cu_seqlens[word : word + 2].tolist()
+    return f"name {vocabulary.decode(packed.tokens[start + 1 : end].tolist())!r}, position {row - start}"

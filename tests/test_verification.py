@@ -1,0 +1,157 @@
+"""verify passes on equal networks, and fails, naming the place, on unequal ones."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+import convwave as cw
+from convwave import cli, functional, verification
+from convwave.generation import GenerationCache
+from convwave.training import Config, train
+from convwave.verification import Check, verify, weights_sha256
+
+CHECKS = ["logits", "loss", "gradients", "running statistics", "cached generation", "causality", "trajectory"]
+
+
+@pytest.fixture(scope="module")
+def splits(words: cw.Words) -> cw.Splits:
+    return cw.split_words(words.words[:300])
+
+
+@pytest.fixture(scope="module")
+def few(words: cw.Words) -> cw.Words:
+    return words._replace(words=words.words[:300])
+
+
+def run(model: cw.ConvWave, splits: cw.Splits, vocab: cw.Vocabulary) -> dict[str, Check]:
+    return {check.name: check for check in verify(model, splits, vocab, trajectory_steps=20)}
+
+
+def failed(checks: dict[str, Check]) -> set[str]:
+    return {name for name, check in checks.items() if not check.passed}
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {},
+        {"n_embd": 3, "n_hidden": 7, "levels": 5},
+        {"n_hidden": [9, 12], "factors": (4, 2)},
+        {"n_hidden": 20, "factors": (8,)},
+        {"unbiased": False},
+    ],
+    ids=str,
+)
+def test_equal_networks_pass_every_check(arguments: dict, splits: cw.Splits, vocab: cw.Vocabulary) -> None:
+    torch.manual_seed(0)
+    checks = run(cw.ConvWave(len(vocab), **arguments), splits, vocab)
+    assert failed(checks) == set()
+    assert all(any(name.startswith(kind) for name in checks) for kind in CHECKS)
+    for kind in ("windowed", "dense", "distinct"):
+        for precision in ("f64", "f32"):
+            assert f"logits, evaluation, {kind}, {precision}" in checks
+            assert f"gradients, training, {kind}, random counts, {precision}" in checks
+            assert f"running statistics, {kind}, {precision}" in checks
+
+
+def test_float64_weights_are_verified_as_they_are(splits: cw.Splits, vocab: cw.Vocabulary) -> None:
+    torch.manual_seed(0)
+    assert failed(run(cw.ConvWave(len(vocab)).double(), splits, vocab)) == set()
+
+
+def test_the_model_is_left_as_it_was(splits: cw.Splits, vocab: cw.Vocabulary) -> None:
+    model = cw.ConvWave(len(vocab))
+    before = weights_sha256(model)
+    run(model, splits, vocab)
+    assert weights_sha256(model) == before
+    assert all(p.grad is None for p in model.parameters())
+    with torch.no_grad():
+        model.head.bias[0] += 1e-6
+    assert weights_sha256(model) != before
+
+
+def test_a_wrong_activation_is_located(splits: cw.Splits, vocab: cw.Vocabulary, monkeypatch) -> None:
+    """Disturb one channel of level 1 of the convolution only; the check names level and channel."""
+    torch.manual_seed(0)
+    original = cw.ConvBatchNormTanh.forward
+
+    def disturbed(self, h, taps, weights=None, total=None):
+        y = original(self, h, taps, weights, total)
+        if self.conv.dilation == 2:
+            y = y * (1 + 1e-6 * (torch.arange(y.shape[1], device=y.device) == 5))
+        return y
+
+    monkeypatch.setattr(cw.ConvBatchNormTanh, "forward", disturbed)
+    checks = run(cw.ConvWave(len(vocab)), splits, vocab)
+    for name in ("logits, evaluation, dense, f64", "logits, training, distinct, random counts, f64"):
+        assert not checks[name].passed
+        assert "position 0, level 1, node 0, channel 5" in checks[name].where
+        assert checks[name].where.startswith("name '")
+
+
+def leak(t: int):
+    """A gather_conv that mixes in the next row: sees the future."""
+
+    def broken(h, weight, taps):
+        z = ORIGINAL(h, weight, taps)
+        return z + 1e-3 * z.roll(-t, 0)
+
+    return broken
+
+
+ORIGINAL = functional.gather_conv
+
+
+def test_a_look_into_the_future_is_seen(splits: cw.Splits, vocab: cw.Vocabulary, monkeypatch) -> None:
+    monkeypatch.setattr(functional, "gather_conv", leak(1))
+    names = failed(run(cw.ConvWave(len(vocab)), splits, vocab))
+    assert {"causality, changed token, dense", "causality, planted NaN, dense"} <= names
+
+
+def test_a_wrong_cache_is_seen(splits: cw.Splits, vocab: cw.Vocabulary, monkeypatch) -> None:
+    original = GenerationCache.step
+
+    def late(self, tokens):
+        if self.position == 3:
+            self.rings[1] = self.rings[1].roll(1, 0)
+        return original(self, tokens)
+
+    monkeypatch.setattr(GenerationCache, "step", late)
+    checks = run(cw.ConvWave(len(vocab)), splits, vocab)
+    assert failed(checks) == {"cached generation, f64", "cached generation, f32"}
+    assert "position 3" in checks["cached generation, f64"].where
+
+
+def test_nan_is_a_failure() -> None:
+    assert not Check("x", "x", float("nan"), float("nan"), 1.0, "x").passed
+
+
+def test_the_command(few: cw.Words, tmp_path: Path, capsys, monkeypatch) -> None:
+    data = tmp_path / "few.txt"
+    data.write_text("\n".join(few.words))
+    train(Config.make(steps=5, batch=64), cw.read_words(data), tmp_path / "run")
+    certificate = tmp_path / "certificate.json"
+    arguments = ["verify", str(tmp_path / "run"), "--data", str(data), "--out", str(certificate), "--json"]
+    original = verification.verify
+    monkeypatch.setattr(verification, "verify", lambda *a, **k: original(*a, **k, trajectory_steps=10))
+    assert cli.main(arguments) == 0
+    captured = capsys.readouterr()
+    report = json.loads(captured.out.splitlines()[-1])
+    assert report["passed"] is True
+    assert all({"name", "max_abs_error", "bound", "passed"} <= check.keys() for check in report["checks"])
+    assert all(check["max_abs_error"] <= check["bound"] for check in report["checks"])
+    (network,) = report["networks"].values()
+    assert network["weights_sha256"] == weights_sha256(cw.load(tmp_path / "run/model.safetensors"))
+    assert {"data_sha256", "device", "provenance", "backends"} <= report.keys()
+    assert json.loads(certificate.read_text()) == report
+
+    monkeypatch.setattr(functional, "gather_conv", leak(1))
+    assert cli.main(arguments) == 1
+    captured = capsys.readouterr()
+    assert json.loads(captured.out.splitlines()[-1])["passed"] is False
+    assert "FAILED logits, evaluation, dense, f64" in captured.err
+    assert "level 0" in captured.err
