@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import os
 import random
 
 import pytest
 import torch
+from hypothesis import settings
 
 import convwave as cw
+
+# Planted faults (mutation.py) must be caught by the same examples every time; elsewhere examples are new in every run.
+settings.register_profile("default", deadline=None)
+settings.register_profile("mutation", deadline=None, derandomize=True, max_examples=30)
+settings.load_profile("mutation" if os.environ.get("CONVWAVE_MUTATION") else "default")
 
 torch.set_num_threads(1)  # small tensors: two threads are slower than one, and far slower on a busy machine
 

@@ -66,7 +66,7 @@ def test_odd_widths_and_factors(n_hidden: int, factors: tuple[int, ...]) -> None
         assert_equal_step(mlp, packed, make)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     ids=st.lists(st.lists(st.integers(1, 4), max_size=40), min_size=1, max_size=6),
     levels=st.integers(1, 6),

@@ -25,7 +25,7 @@ def network(factors: tuple[int, ...] = (2, 2, 2), seed: int = 0, head: float = 3
     return model
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     factors=st.sampled_from([(2,), (2, 2), (2, 2, 2), (2, 2, 2, 2), (8,), (4, 2), (2, 3), (3, 2, 2)]),
     length=st.integers(1, 40),

@@ -1,0 +1,288 @@
+"""A suite that can fail: plausible faults planted one at a time, each of which the tests must catch.
+
+    python -m tests.mutation NAME      plant one fault, run the tests in a process of its own
+    python -m tests.mutation --report  plant every fault, write tests/MUTANTS.md, also with what `convwave verify` sees
+
+`test_mutation.py` plants them all. The faults live in memory only: files are not touched.
+"""
+
+from __future__ import annotations
+
+import importlib.machinery
+import importlib.util
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from importlib.abc import MetaPathFinder
+from pathlib import Path
+from types import ModuleType
+from typing import NamedTuple
+
+ROOT = Path(__file__).resolve().parent.parent
+TESTS = [f"tests/test_{name}.py" for name in ("equivalence", "graph", "generation", "convert", "evaluation", "data")]
+
+
+@dataclass(frozen=True)
+class Mutant:
+    """One fault: a piece of a module's source replaced by another."""
+
+    name: str
+    module: str
+    old: str
+    new: str
+
+
+MUTANTS = [
+    Mutant("taps swapped", "functional", "weight.permute(2, 1, 0)", "weight.flip(2).permute(2, 1, 0)"),
+    Mutant(
+        "taps swapped where products are gathered", "functional", "h @ weight.permute", "h @ weight.flip(2).permute"
+    ),
+    Mutant(
+        "zero padding at the first position",
+        "functional",
+        "[h.index_select(0, tap) for tap in taps]",
+        "[h.index_select(0, t) * (1 - (t == taps[-1]).to(h) * (j + 1 < k))[:, None] for j, t in enumerate(taps)]",
+    ),
+    Mutant("weights ignored in the mean", "functional", "(w * z).sum(0) / total", "z.mean(0)"),
+    Mutant("weights ignored in the variance", "functional", "(w * deviation.square()).sum(0) / divisor", "z.var(0)"),
+    Mutant("weights squared in the variance", "functional", "(w * deviation.square())", "((w * deviation).square())"),
+    Mutant("weights ignored in the backward pass", "functional", "mean = (w * z)", "mean = (w * z.detach())"),
+    Mutant(
+        "no gradient through the variance",
+        "functional",
+        "weight * torch.rsqrt(var + eps))",
+        "weight * torch.rsqrt(var.detach() + eps))",
+    ),
+    Mutant("biased for unbiased", "functional", "total - 1 if unbiased else total\n", "total\n"),
+    Mutant("unbiased for biased", "functional", "total - 1 if unbiased else total\n", "total - 1\n"),
+    Mutant(
+        "running variance biased",
+        "functional",
+        "tracked = var if unbiased",
+        "tracked = var * (total - 1) / total if unbiased",
+    ),
+    Mutant(
+        "running variance of the biased kind not corrected",
+        "functional",
+        "else var * (total / max(total - 1, 1))",
+        "else var",
+    ),
+    Mutant("running mean not tracked", "functional", "running_mean.lerp_", "running_mean.clone().lerp_"),
+    Mutant(
+        "momentum of the wrong side", "functional", "running_var.dtype), momentum)", "running_var.dtype), 1 - momentum)"
+    ),
+    Mutant("eps forgotten", "functional", "weight * torch.rsqrt(var + eps)", "weight * torch.rsqrt(var)"),
+    Mutant("eps outside the root", "functional", "weight * torch.rsqrt(var + eps)", "weight / (var.sqrt() + eps)"),
+    Mutant(
+        "eps forgotten in evaluation",
+        "functional",
+        "norm_weight * torch.rsqrt(running_var + eps)",
+        "norm_weight * torch.rsqrt(running_var)",
+    ),
+    Mutant("running mean forgotten in evaluation", "functional", "norm_bias - running_mean * scale", "norm_bias"),
+    Mutant("loss ignores the counts", "functional", "nll * graph.target_counts.to(nll.dtype)", "nll"),
+    Mutant("loss divided by the rows", "functional", "/ graph.totals[-1]", "/ nll.numel()"),
+    Mutant(
+        "clamp off by one",
+        "graph",
+        "torch.maximum(index - offset, first)",
+        "torch.maximum(index - offset, (first - 1).clamp(min=0))",
+    ),
+    Mutant(
+        "boundary of a packed name crossed",
+        "graph",
+        "torch.maximum(index - offset, first)",
+        "(index - offset).clamp(min=0)",
+    ),
+    Mutant("dilation not multiplied", "graph", "dilation *= factor", "dilation += 1"),
+    Mutant("newest tap one late", "graph", "(factor - 1 - j) * dilation", "(factor - j) * dilation"),
+    Mutant("counts not propagated", "graph", "below.index_add_(0, tap, weights[0])", "below.fill_(1)"),
+    Mutant("counts propagated along one tap", "graph", "for tap in taps[level]:", "for tap in taps[level][:1]:"),
+    Mutant("totals not multiplied", "graph", "totals.insert(0, totals[0] * factor)", "totals.insert(0, totals[0])"),
+    Mutant("distinct contexts collide", "graph", "key * bound + row", "key * (bound // 2) + row"),
+    Mutant(
+        "counts ignored in the distinct graph",
+        "graph",
+        ".index_add_(0, ids, counts)",
+        ".index_add_(0, ids, counts.sign())",
+    ),
+    Mutant(
+        "counts ignored in the targets",
+        "graph",
+        ".index_add_(0, target, counts)",
+        ".index_add_(0, target, counts.sign())",
+    ),
+    Mutant(
+        "a window drawn twice counts once",
+        "graph",
+        "torch.bincount(inverse, minlength=kept.numel())",
+        "torch.ones(kept.numel())",
+    ),
+    Mutant("windows one token early", "graph", "torch.arange(context - 1, -1, -1,", "torch.arange(context, 0, -1,"),
+    Mutant(
+        "targets not shifted", "data", "torch.cat([tokens[1:], tokens.new_zeros(min(len(words), 1))])", "tokens.clone()"
+    ),
+    Mutant(
+        "last position of a name dropped",
+        "data",
+        "self.cu_seqlens[words + 1] - starts",
+        "self.cu_seqlens[words + 1] - starts - 1",
+    ),
+    Mutant(
+        "first position of a name dropped",
+        "data",
+        "starts = self.cu_seqlens[words]\n",
+        "starts = self.cu_seqlens[words] + 1\n",
+    ),
+    Mutant("statistics over positions for windows", "nn", "block(h, taps, weights, total) if", "block(h, taps) if"),
+    Mutant("tap and channel mixed up in conversion", "convert", "view(H, k, C).transpose(1, 2)", "view(H, C, k)"),
+    Mutant(
+        "tap and channel mixed up in conversion back",
+        "convert",
+        "block.conv.weight.transpose(1, 2).flatten(1)",
+        "block.conv.weight.flatten(1)",
+    ),
+    Mutant("bias folded with the wrong sign", "convert", "running_mean -= level.shift", "running_mean += level.shift"),
+    Mutant("running statistics not converted", "convert", '"bias", "running_mean", "running_var"]', '"bias"]'),
+    Mutant(
+        "cache filled with zeros",
+        "generation",
+        "padding.expand((k - 1) * d, batch, -1).clone()",
+        "padding.expand((k - 1) * d, batch, -1).clone().zero_()",
+    ),
+    Mutant(
+        "cache filled with one level's padding",
+        "generation",
+        "padding = torch.tanh(padding.repeat(k) @ weight + self.levels[-1][1])",
+        "padding = torch.tanh(padding.repeat(k) @ weight)",
+    ),
+    Mutant(
+        "cache written one slot late",
+        "generation",
+        "ring[self.position % length] = h",
+        "ring[(self.position + 1) % length] = h",
+    ),
+    Mutant(
+        "cache reads the wrong row after a name has ended",
+        "generation",
+        "[ring[:, rows] for ring in self.rings]",
+        "[ring[:, : int(rows.sum())] for ring in self.rings]",
+    ),
+    Mutant(
+        "logits multiplied by the temperature",
+        "generation",
+        "keepdim=True)) / temperature",
+        "keepdim=True)) * temperature",
+    ),
+    Mutant("novel names are the seen ones", "evaluation", "word not in train for", "word in train for"),
+]
+
+
+class _Plant(importlib.machinery.SourceFileLoader, MetaPathFinder):
+    """Imports one module of convwave with the fault in its source."""
+
+    def __init__(self, mutant: Mutant) -> None:
+        super().__init__(f"convwave.{mutant.module}", str(ROOT / f"convwave/{mutant.module}.py"))
+        self.mutant = mutant
+
+    def find_spec(  # type: ignore[override]
+        self, fullname: str, path: Sequence[str] | None = None, target: ModuleType | None = None
+    ) -> importlib.machinery.ModuleSpec | None:
+        if fullname != self.name:
+            return None
+        return importlib.util.spec_from_file_location(fullname, self.path, loader=self)
+
+    def get_code(self, fullname: str):  # type: ignore[no-untyped-def]
+        source = Path(self.path).read_text(encoding="utf-8")
+        assert self.mutant.old in source, f"{self.mutant.name}: {self.mutant.module}.py has no {self.mutant.old!r}"
+        return compile(source.replace(self.mutant.old, self.mutant.new), self.path, "exec")
+
+
+class Outcome(NamedTuple):
+    """How the tests took a fault."""
+
+    caught: bool
+    by: str  # the first test that failed, or what went wrong with the experiment
+
+
+def run(mutant: Mutant, mode: str = "tests") -> Outcome:
+    """Plant a fault in a new process; `mode` is "tests" or "verify"."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CONVWAVE_MUTATION": "1", "PYTHONDONTWRITEBYTECODE": "1"}
+    command = [sys.executable, "-m", "tests.mutation", mutant.name, mode]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    found = re.search(r"^(?:FAILED|CAUGHT) (.*?)(?: - .*)?$", done.stdout, re.MULTILINE)
+    if done.returncode == 1 and found:
+        return Outcome(True, found[1])
+    reason = "survived" if done.returncode == 0 else (done.stdout + done.stderr)[-2000:]
+    return Outcome(False, reason)
+
+
+def run_all(mode: str = "tests") -> dict[str, Outcome]:
+    """Every fault, two at a time."""
+    with ThreadPoolExecutor(2) as pool:
+        return dict(zip((m.name for m in MUTANTS), pool.map(lambda m: run(m, mode), MUTANTS), strict=True))
+
+
+def report() -> str:
+    """The table of MUTANTS.md."""
+    tests, verify = run_all("tests"), run_all("verify")
+    lines = [
+        "# Planted faults",
+        "",
+        "`make test` plants each of these faults, one at a time, and requires a test to fail. The last column says",
+        "whether `convwave verify` alone, in small, sees it too; it looks at a network, not at reading or sampling.",
+        "Made by `python -m tests.mutation --report`.",
+        "",
+        f"Caught by the tests: {sum(o.caught for o in tests.values())} of {len(MUTANTS)}. "
+        f"Seen by verify: {sum(o.caught for o in verify.values())} of {len(MUTANTS)}.",
+        "",
+        "| fault | module | first test that fails | first check of verify that fails |",
+        "|---|---|---|---|",
+    ]
+    for mutant in MUTANTS:
+        by = tests[mutant.name].by.removeprefix("tests/") if tests[mutant.name].caught else "**survived**"
+        seen = verify[mutant.name].by if verify[mutant.name].caught else "-"
+        lines.append(f"| {mutant.name} | {mutant.module} | `{by}` | {seen} |")
+    return "\n".join(lines) + "\n"
+
+
+def _run_verify() -> int:
+    """verify in small: 300 names, a network with other widths at every level."""
+    import torch
+
+    import convwave as cw
+    from convwave.verification import verify
+
+    words = cw.load_words().words
+    torch.manual_seed(0)
+    model = cw.ConvWave(len(cw.Vocabulary.from_words(words)), 10, [20, 24, 27])
+    try:
+        for check in verify(model, cw.split_words(words[:300]), cw.Vocabulary.from_words(words), trajectory_steps=20):
+            if not check.passed:
+                print(f"CAUGHT {check.name}")
+                return 1
+    except (ValueError, IndexError, RuntimeError) as error:
+        print(f"CAUGHT {type(error).__name__}")
+        return 1
+    return 0
+
+
+def main(arguments: Sequence[str]) -> int:
+    if arguments[0] == "--report":
+        (ROOT / "tests/MUTANTS.md").write_text(report(), encoding="utf-8")
+        return 0
+    mutant = next(m for m in MUTANTS if m.name == arguments[0])
+    sys.meta_path.insert(0, _Plant(mutant))
+    if arguments[1:] == ["verify"]:
+        return _run_verify()
+    import pytest
+
+    return int(pytest.main(["-x", "-q", "-p", "no:cacheprovider", "--no-header", "--tb=no", *TESTS]))
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
