@@ -21,7 +21,7 @@ def provenance(command: str | None = None) -> dict[str, Any]:
         "commit": commit(),
         "device": device_name(),
         "threads": torch.get_num_threads(),
-        "platform": platform.platform(terse=True),
+        "platform": f"{platform.system()} {platform.machine()}",
         "versions": {
             "python": platform.python_version(),
             **{name: _version(name) for name in ("convwave", "torch", "triton", "numpy")},
