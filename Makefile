@@ -9,7 +9,7 @@ else
 endif
 READY := $(VENV)/.ready
 
-.PHONY: demo test lint bench figures clean
+.PHONY: demo test lint figures clean
 
 # Train the dilated causal network on names, show its loss beside the post's, invent twenty names.
 demo: $(READY)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 from pathlib import Path
@@ -23,14 +24,20 @@ class CheckpointError(ValueError):
 
 def write_atomic(path: str | os.PathLike[str], content: bytes) -> None:
     """Replace a file by `content` in one step: after a crash it holds the old content or the new, never a mixture."""
-    path = Path(path)
+    path = Path(path).resolve()  # a link goes on pointing where it did
+    if path.exists() and not path.is_file():
+        raise OSError(errno.EINVAL, "exists and is not a regular file", str(path))
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.partial")
-    with open(partial, "wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, path)
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        with open(partial, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    except OSError as error:
+        partial.unlink(missing_ok=True)
+        raise OSError(error.errno, error.strerror, str(path)) from None
 
 
 def write_tensors(path: str | os.PathLike[str], tensors: dict[str, Tensor], metadata: dict[str, Any]) -> None:
@@ -51,36 +58,48 @@ def read_tensors(path: str | os.PathLike[str], expected_format: str) -> tuple[di
         raise CheckpointError(f"{path}: {'is a directory' if path.is_dir() else 'no such file'}")
     try:
         with safe_open(path, "pt") as file:
-            metadata = {key: json.loads(value) for key, value in (file.metadata() or {}).items()}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
-    except (SafetensorError, OSError, ValueError) as error:
+            text = file.metadata() or {}
+            # cloned, because what safetensors returns is mapped onto a file that may be replaced
+            tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118 (not a dict)
+    except (SafetensorError, OSError) as error:
         raise CheckpointError(f"{path}: is not a usable safetensors file: {str(error).splitlines()[0]}") from None
-    found = metadata.get("format")
+    found = text.get("format", "").strip('"')
     if found != expected_format:
         raise CheckpointError(f"{path}: expected a file of format {expected_format!r}, got {found!r}")
-    return tensors, metadata
+    try:
+        return tensors, {key: json.loads(value) for key, value in text.items()}
+    except ValueError:
+        raise CheckpointError(f"{path}: its metadata is damaged") from None
 
 
 def save_model(model: ConvWave, path: str | os.PathLike[str]) -> None:
     """Write a model with its configuration and vocabulary."""
     vocabulary = None if model.vocabulary is None else "".join(model.vocabulary.symbols)
-    write_tensors(
-        path, model.state_dict(), {"format": MODEL_FORMAT, "config": model.config(), "vocabulary": vocabulary}
-    )
+    metadata = {
+        "format": MODEL_FORMAT,
+        "config": model.config(),
+        "vocabulary": vocabulary,
+        "data_sha256": model.data_sha256,
+    }
+    write_tensors(path, model.state_dict(), metadata)
 
 
 def load_model(path: str | os.PathLike[str], backend: str = "auto") -> ConvWave:
     """Read a model that `save_model` wrote, in evaluation mode, on the CPU, in the precision it was saved in.
 
     Raises:
-        CheckpointError: the file is missing, damaged, or not a convwave model.
+        CheckpointError: the file is missing, damaged, not a convwave model, or holds NaN or infinity.
     """
     tensors, metadata = read_tensors(path, MODEL_FORMAT)
+    for name, tensor in tensors.items():
+        if not bool(tensor.isfinite().all()):
+            raise CheckpointError(f"{path}: {name} is not finite")
     try:
         symbols = metadata["vocabulary"]
         vocabulary = None if symbols is None else Vocabulary(symbols)
         model = ConvWave(**metadata["config"], backend=backend, vocabulary=vocabulary)
         model.to(tensors["head.weight"].dtype).load_state_dict(tensors)
+        model.data_sha256 = metadata["data_sha256"]
     except (KeyError, TypeError, ValueError, RuntimeError) as error:
         raise CheckpointError(f"{path}: does not hold a convwave model: {str(error).splitlines()[0]}") from None
     return model.eval()

@@ -6,6 +6,7 @@ Exit status: 0 done, 1 a check or a training failed, 2 bad use or bad input (one
 from __future__ import annotations
 
 import argparse
+import io
 import json
 import os
 import shlex
@@ -21,6 +22,7 @@ import torch
 from convwave import __version__
 from convwave.checkpoint import CheckpointError, load_model, write_atomic
 from convwave.console import ConsoleReporter, number, stderr, table
+from convwave.convert import ConversionError
 from convwave.data import NAMES_URL, DataError, Vocabulary, Words, fetch_names, load_words, pack, split_words
 from convwave.evaluation import EvaluationSet
 from convwave.generation import sample
@@ -45,20 +47,22 @@ RUNS = Path("runs")
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit status."""
     parser = _parser()
+    if isinstance(sys.stdout, io.TextIOWrapper):  # a terminal or a pipe that knows fewer letters than the data has
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         arguments = parser.parse_args(argv)
+        arguments.command_line = shlex.join(["convwave", *(sys.argv[1:] if argv is None else argv)])
         return int(arguments.run(arguments) or 0)
-    except (DataError, CheckpointError, UsageError) as error:
+    except (DataError, CheckpointError, UsageError, ConversionError) as error:
         return _fail(str(error), 2)
     except Diverged as error:
         return _fail(str(error), 1)
     except Interrupted as error:
-        return _fail(f"{error}; continue with --resume", 130)
+        return _fail(str(error), 130)
     except KeyboardInterrupt:
         return _fail("interrupted", 130)
-    except BrokenPipeError:  # the reader of our output has gone, as in `convwave sample | head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
+    except torch.OutOfMemoryError as error:
+        return _fail(str(error).splitlines()[0], 2)
     except OSError as error:
         return _fail(f"{error.filename or 'system'}: {error.strerror or error}", 2)
 
@@ -124,7 +128,7 @@ def _parser() -> argparse.ArgumentParser:
     _checkpoint_argument(p, "default: a freshly initialised and a briefly trained network")
     p.add_argument("--device", default="cpu", help="cpu (default), cuda, ...")
     p.add_argument("--seed", type=int, default=0, help="of the networks and batches (default: 0)")
-    p.add_argument("--out", type=Path, default=RUNS / "certificate.json", metavar="FILE", help="the certificate")
+    p.add_argument("--out", type=Path, default=RUNS / "verify", metavar="DIR", help="for the certificate")
 
     p = command("data", _data, "Show which words are used; 'data fetch' downloads the post's.")
     p.add_argument("action", nargs="?", choices=["show", "fetch"], default="show")
@@ -142,7 +146,7 @@ def _checkpoint_argument(parser: argparse.ArgumentParser, default: str = "defaul
 
 
 def _train(args: argparse.Namespace) -> None:
-    if args.save_every < 0:
+    if not args.save_every >= 0:
         raise UsageError(f"--save-every: expected at least 0, got {args.save_every}")
     if args.resume and args.out is None:
         raise UsageError("--resume: needs --out DIR, the run to go on with")
@@ -186,6 +190,7 @@ def _evaluate(args: argparse.Namespace) -> None:
     path, model = _load(args)
     started = time.perf_counter()
     words = _words(args)
+    same = _trained_on(model, path, words)
     prepared = EvaluationSet(split_words(words.words), _vocabulary(model, path), model.factors, args.device)
     ready = time.perf_counter()
     splits = prepared.losses(model.to(args.device))
@@ -199,6 +204,7 @@ def _evaluate(args: argparse.Namespace) -> None:
         {
             "checkpoint": str(path),
             "data": words.source,
+            "trained_on_this_data": same,
             "splits": {name: split._asdict() for name, split in splits.items()},
             "seconds": seconds,
             "prepare_seconds": ready - started,
@@ -210,9 +216,12 @@ def _sample(args: argparse.Namespace) -> None:
     _check_device(args.device)
     if args.count < 0:
         raise UsageError(f"--count: expected at least 0, got {args.count}")
+    if not 0 <= args.seed < 2**63:
+        raise UsageError(f"--seed: expected 0 to 2**63 - 1, got {args.seed}")
     path, model = _load(args)
     vocabulary = _vocabulary(model, path)
     words = _words(args)
+    same = _trained_on(model, path, words)
     splits = split_words(words.words)
     started = time.perf_counter()
     try:
@@ -234,13 +243,14 @@ def _sample(args: argparse.Namespace) -> None:
     train_set, val_set = set(splits.train), set(splits.val)
     status = ["train" if name in train_set else "val" if name in val_set else "new" for name in names]
     if not args.json:
-        print("\n".join(f"{name}\t{mark}" for name, mark in zip(names, status, strict=True)))
+        _print("".join(f"{name}\t{mark}\n" for name, mark in zip(names, status, strict=True)))
     new = status.count("new")
     stderr().print(f"{len(names):,} names in {seconds:.2f} s ({len(names) / seconds:,.0f}/s), {new:,} of them new")
     _print_json(
         args,
         {
             "checkpoint": str(path),
+            "trained_on_this_data": same,
             "names": [{"name": name, "status": mark} for name, mark in zip(names, status, strict=True)],
             "seconds": seconds,
         },
@@ -290,8 +300,12 @@ def _reproduce(args: argparse.Namespace) -> None:
     )
     if not words.is_names_txt:
         console.print(f"The post's figures are for names.txt; this used {words.source}: not comparable.")
-    command = shlex.join(["convwave", *sys.argv[1:]])
-    report = {"provenance": provenance(command), "data": words.source, "data_sha256": words.sha256, "rows": rows}
+    report = {
+        "provenance": provenance(args.command_line),
+        "data": words.source,
+        "data_sha256": words.sha256,
+        "rows": rows,
+    }
     write_atomic(args.out / "reproduce.json", (json.dumps(report, indent=2) + "\n").encode())
     reproduction_plot(rows, args.out / "reproduce.png")
     console.print(f"written: {args.out / 'reproduce.json'}, {args.out / 'reproduce.png'}")
@@ -302,6 +316,7 @@ def _verify(args: argparse.Namespace) -> int:
     from convwave.verification import Check, verify, weights_sha256
 
     _check_device(args.device)
+    args.out.mkdir(parents=True, exist_ok=True)
     words = _words(args)
     splits = split_words(words.words)
     networks: dict[str, ConvWave] = {}
@@ -327,13 +342,22 @@ def _verify(args: argparse.Namespace) -> int:
     rows = [
         [
             check.name,
+            check.compared,
             *(f"{value:.1e}" for value in (check.max_abs_error, check.relative_error, check.bound)),
             check.origin,
             "pass" if check.passed else "FAIL",
         ]
         for check in checks
     ]
-    columns = ["check", "max abs error", "relative to f64", "bound", "where the bound comes from", "result"]
+    columns = [
+        "check",
+        "what is compared",
+        "max abs error",
+        "relative to f64",
+        "bound",
+        "where the bound comes from",
+        "result",
+    ]
     console.print(table("The convolution against the windowed network", columns, rows))
     failed = [check for check in checks if not check.passed]
     for check in failed:
@@ -350,12 +374,12 @@ def _verify(args: argparse.Namespace) -> int:
         "data_sha256": words.sha256,
         "device": device_name(args.device),
         "backends": available_backends(),
-        "provenance": provenance(shlex.join(["convwave", *sys.argv[1:]])),
+        "provenance": provenance(args.command_line),
         "checks": [check.to_json() for check in checks],
     }
-    write_atomic(args.out, (json.dumps(certificate, indent=2) + "\n").encode())
-    console.print(f"certificate {args.out}")
     _print_json(args, certificate)
+    write_atomic(args.out / "certificate.json", (json.dumps(certificate, indent=2) + "\n").encode())
+    console.print(f"certificate {args.out / 'certificate.json'}")
     return 1 if failed else 0
 
 
@@ -395,12 +419,21 @@ def _words(args: argparse.Namespace) -> Words:
     return words
 
 
+def _trained_on(model: ConvWave, path: Path, words: Words) -> bool | None:
+    """Whether this is the text that the model was trained on, None where that is unknown; says so when it is not."""
+    if model.data_sha256 is None:
+        return None
+    if model.data_sha256 != words.sha256:
+        stderr().print(f"note: {path} was trained on another text; train and val below are the split of {words.source}")
+    return model.data_sha256 == words.sha256
+
+
 def _load(args: argparse.Namespace) -> tuple[Path, ConvWave]:
     path = args.checkpoint
     if path is None:
-        found = sorted(RUNS.glob(f"*/{MODEL_FILE}"), key=lambda file: file.stat().st_mtime)
+        found = sorted(RUNS.glob(f"**/{MODEL_FILE}"), key=lambda file: file.stat().st_mtime)
         if not found:
-            raise UsageError(f"checkpoint: none given and no {RUNS}/*/{MODEL_FILE} here; run 'convwave train' first")
+            raise UsageError(f"checkpoint: none given and no {RUNS}/**/{MODEL_FILE} here; run 'convwave train' first")
         path = found[-1]
     elif path.is_dir():
         path = path / MODEL_FILE
@@ -415,7 +448,8 @@ def _vocabulary(model: ConvWave, path: Path) -> Vocabulary:
 
 def _check_device(device: str) -> None:
     try:
-        torch.empty(0, device=device)
+        if torch.empty(0, device=device).device.type not in ("cpu", "cuda"):
+            raise UsageError(f"--device: expected cpu or cuda, got {device!r}")
     except (RuntimeError, AssertionError) as error:
         raise UsageError(f"--device: {device!r} is not available: {str(error).splitlines()[0]}") from None
 
@@ -430,7 +464,16 @@ def _published() -> list[Any]:
 
 def _print_json(args: argparse.Namespace, value: dict[str, Any]) -> None:
     if args.json:
-        print(json.dumps(value, ensure_ascii=False))
+        _print(json.dumps(value, allow_nan=False) + "\n")
+
+
+def _print(text: str) -> None:
+    """Write to standard output; a reader that has gone, as in `convwave sample | head`, is no error."""
+    try:
+        sys.stdout.write(text)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 if __name__ == "__main__":

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import sys
 import time
 from collections.abc import Sequence
 
@@ -12,11 +14,17 @@ from rich.table import Table
 from convwave.training import Config, Reporter
 
 
+class _Stderr(Console):
+    def on_broken_pipe(self) -> None:
+        """The reader has gone: be quiet from now on, and let the work go on."""
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stderr.fileno())
+
+
 def stderr() -> Console:
     """A console on standard error as it is now; lines are never broken where it is not a terminal."""
-    console = Console(stderr=True, highlight=False, markup=False)
+    console = _Stderr(stderr=True, highlight=False, markup=False)
     if not console.is_terminal:
-        console = Console(stderr=True, highlight=False, markup=False, width=200, soft_wrap=True)
+        console = _Stderr(stderr=True, highlight=False, markup=False, width=260, soft_wrap=True)
     return console
 
 

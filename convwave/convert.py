@@ -76,6 +76,8 @@ def from_windowed(mlp: reference.Sequential | nn.Module, backend: str = "auto") 
         n_hidden=[level.weight.shape[0] for level in parts.levels],
         factors=factors,
         unbiased=parts.unbiased,
+        eps=[level.norm.eps for level in parts.levels],
+        momentum=[float(level.norm.momentum or 0.0) for level in parts.levels],
         backend=backend,
     )
     model.to(parts.embedding.device, parts.embedding.dtype).train(parts.training)
@@ -86,18 +88,28 @@ def from_windowed(mlp: reference.Sequential | nn.Module, backend: str = "auto") 
             block.conv.weight.copy_(level.weight.view(H, k, C).transpose(1, 2))
             for ours, theirs in _vectors(block.norm, level.norm):
                 ours.copy_(theirs)
+                if isinstance(ours, nn.Parameter):
+                    ours.requires_grad_(theirs.requires_grad)
             if level.shift is not None:
                 block.norm.running_mean -= level.shift
-            block.norm.eps, block.norm.momentum = level.norm.eps, float(level.norm.momentum or 0.0)
+            block.conv.weight.requires_grad_(level.weight.requires_grad)
         model.head.weight.copy_(parts.head_weight)
         model.head.bias.copy_(parts.head_bias)
+        model.embedding.weight.requires_grad_(parts.embedding.requires_grad)
+        model.head.weight.requires_grad_(parts.head_weight.requires_grad)
+        model.head.bias.requires_grad_(parts.head_bias.requires_grad)
     if isinstance(mlp, nn.Module):
         _check_same_function(mlp, model)
     return model
 
 
 def to_windowed(model: ConvWave) -> reference.Sequential:
-    """The windowed network of the post's own classes that computes the same function; the weights are copied."""
+    """The windowed network of the post's own classes that computes the same function; the weights are copied.
+
+    Raises:
+        ConversionError: a network with ``statistics="positions"``, which no windowed network has.
+    """
+    _check_statistics(model)
     mlp = reference.HierarchicalMLP(model.vocab_size, model.n_embd, model.widths, factors=model.factors)
     mlp.to(model.head.weight.device).to(model.head.weight.dtype)
     parts = _of_reference(mlp)
@@ -115,8 +127,10 @@ def to_torch(model: ConvWave) -> nn.Sequential:
     nn.Unflatten and nn.Flatten, and nn.BatchNorm1d counts each of them.
 
     Raises:
-        ConversionError: a network with ``unbiased=True``: nn.BatchNorm1d normalises with the biased variance.
+        ConversionError: a network with ``unbiased=True``, as nn.BatchNorm1d normalises with the biased variance, or
+            with ``statistics="positions"``.
     """
+    _check_statistics(model)
     if model.unbiased:
         raise ConversionError("model: normalises with the unbiased variance, nn.BatchNorm1d with the biased one")
     layers: list[nn.Module] = [nn.Embedding(model.vocab_size, model.n_embd), nn.Flatten(0, 1)]
@@ -131,6 +145,11 @@ def to_torch(model: ConvWave) -> nn.Sequential:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+
+
+def _check_statistics(model: ConvWave) -> None:
+    if model.statistics != "windows":
+        raise ConversionError("model: statistics='positions' has no windowed counterpart, expected 'windows'")
 
 
 @torch.no_grad()
@@ -186,8 +205,14 @@ def _of_torch(mlp: nn.Module) -> _Parts:
     embedding, *middle, head = known if len(known) > 1 else [None, None]
     if not isinstance(embedding, nn.Embedding):
         raise ConversionError("mlp: expected an nn.Embedding first")
-    if embedding.padding_idx is not None or embedding.max_norm is not None:
-        raise ConversionError(f"mlp: {embedding} trains differently: padding_idx and max_norm have no counterpart")
+    padded = embedding.padding_idx is not None or embedding.max_norm is not None
+    if padded or embedding.scale_grad_by_freq or embedding.sparse:
+        raise ConversionError(f"mlp: {embedding} trains differently, its options have no counterpart")
+    tensors = [p.data_ptr() for leaf in known for p in leaf.parameters()]
+    if len(set(tensors)) != len(tensors):
+        raise ConversionError("mlp: shares a weight between layers, and would train differently")
+    if len({leaf.training for leaf in known}) != 1:
+        raise ConversionError("mlp: some layers are in training mode and some are not")
     if not isinstance(head, nn.Linear) or head.bias is None:
         raise ConversionError("mlp: expected an nn.Linear with bias last")
     levels: list[_Level] = []

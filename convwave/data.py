@@ -10,7 +10,9 @@ FlashAttention's variable-length functions.
 
 from __future__ import annotations
 
+import codecs
 import hashlib
+import http.client
 import os
 import random
 import unicodedata
@@ -73,11 +75,13 @@ def read_words(path: str | os.PathLike[str]) -> Words:
         raise DataError(f"{path}: is a directory, expected a text file of one word a line") from None
     except OSError as error:
         raise DataError(f"{path}: cannot be read: {error.strerror}") from None
+    content = raw.removeprefix(codecs.BOM_UTF8)
     try:
-        text = raw.decode("utf-8-sig")
+        text = content.decode("utf-8")
     except UnicodeDecodeError as error:
-        line_number = raw.count(b"\n", 0, error.start) + 1
-        raise DataError(f"{path}: line {line_number}: byte 0x{raw[error.start]:02x} is not UTF-8 text") from None
+        before = content[: error.start].replace(b"\r\n", b"\n").replace(b"\r", b"\n")
+        line_number = before.count(b"\n") + 1
+        raise DataError(f"{path}: line {line_number}: byte 0x{content[error.start]:02x} is not UTF-8 text") from None
 
     words: list[str] = []
     blank = 0
@@ -143,7 +147,7 @@ def fetch_names(url: str = NAMES_URL, directory: str | os.PathLike[str] | None =
     try:
         with urllib.request.urlopen(url, timeout=timeout) as response:
             raw = response.read()
-    except (urllib.error.URLError, OSError, ValueError) as error:
+    except (urllib.error.URLError, http.client.HTTPException, OSError, ValueError) as error:
         reason = getattr(error, "reason", error)
         raise DataError(f"{url}: download failed: {reason}") from None
     digest = hashlib.sha256(raw).hexdigest()

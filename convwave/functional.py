@@ -12,13 +12,14 @@ from torch.nn import functional as F
 from convwave.graph import Graph
 
 
-def gather_conv(h: Tensor, weight: Tensor, taps: Tensor) -> Tensor:
-    """Convolution over gathered rows: ``z[n] = sum_j weight[:, :, j] @ h[taps[j, n]]``.
+def gather_conv(h: Tensor, weight: Tensor, taps: Tensor, shift: Tensor | None = None) -> Tensor:
+    """Convolution over gathered rows: ``z[n] = shift + sum_j weight[:, :, j] @ h[taps[j, n]]``.
 
     Args:
         h: (N', C) activations of the level below.
         weight: (H, C, k), torch's Conv1d layout, oldest tap first.
         taps: (k, N) int64 rows of `h`.
+        shift: (H,) or None for 0.
 
     Returns:
         (N, H).
@@ -26,13 +27,16 @@ def gather_conv(h: Tensor, weight: Tensor, taps: Tensor) -> Tensor:
     H, C, k = weight.shape
     if h.shape[0] * k < taps.shape[1] and C * k >= H:
         # fewer rows below than above, as in a distinct graph: multiply each once, then gather and add
-        products = h @ weight.permute(1, 2, 0).reshape(C, k * H)  # (N', kH)
-        z = products[:, :H].index_select(0, taps[0])
+        z = _affine(h, weight[:, :, 0].T, shift).index_select(0, taps[0])
         for j in range(1, k):
-            z = z + products[:, j * H : (j + 1) * H].index_select(0, taps[j])
+            z.add_((h @ weight[:, :, j].T).index_select(0, taps[j]))
         return z
     joined = torch.cat([h.index_select(0, tap) for tap in taps], dim=1)  # (N, kC)
-    return joined @ weight.permute(2, 1, 0).reshape(k * C, H)
+    return _affine(joined, weight.permute(2, 1, 0).reshape(k * C, H), shift)
+
+
+def _affine(x: Tensor, weight: Tensor, shift: Tensor | None) -> Tensor:
+    return x @ weight if shift is None else torch.addmm(shift, x, weight)
 
 
 def center(z: Tensor, weights: Tensor | None, total: float, unbiased: bool) -> tuple[Tensor, Tensor, Tensor]:
@@ -106,7 +110,7 @@ def batch_norm(
         total = float(z.shape[0]) if weights is None else float(weights.sum())
     mean, var, deviation = center(z, weights, total, unbiased)
     with torch.no_grad():
-        tracked = var if unbiased else var * (total / max(total - 1, 1))
+        tracked = var * (total / (total - 1)) if not unbiased and total > 1 else var
         running_mean.lerp_(mean.to(running_mean.dtype), momentum)
         running_var.lerp_(tracked.to(running_var.dtype), momentum)
     return torch.addcmul(bias, deviation, weight * torch.rsqrt(var + eps))
@@ -142,7 +146,7 @@ def conv_bn_tanh(
     """
     if not training:  # fold the running statistics into the convolution
         scale = norm_weight * torch.rsqrt(running_var + eps)
-        return torch.tanh(gather_conv(x, weight * scale[:, None, None], taps) + (norm_bias - running_mean * scale))
+        return gather_conv(x, weight * scale[:, None, None], taps, norm_bias - running_mean * scale).tanh_()
     z = gather_conv(x, weight, taps)
     y = batch_norm(
         z,
@@ -157,7 +161,7 @@ def conv_bn_tanh(
         momentum=momentum,
         eps=eps,
     )
-    return torch.tanh(y)
+    return y.tanh_()
 
 
 def loss(logits: Tensor, graph: Graph) -> Tensor:
@@ -169,9 +173,14 @@ def loss(logits: Tensor, graph: Graph) -> Tensor:
 
     Returns:
         A scalar of the logits' dtype.
+
+    Raises:
+        ValueError: logits of another number of rows, or a graph in which no window counts.
     """
     if logits.shape[0] != graph.num_rows:
         raise ValueError(f"logits: expected {graph.num_rows} rows, one per top row of the graph, got {logits.shape[0]}")
+    if not graph.totals[-1] > 0:
+        raise ValueError("graph: expected at least one window that counts, the counts sum to 0")
     if graph.target_rows is not None:
         logits = logits.index_select(0, graph.target_rows)
     nll = F.cross_entropy(logits, graph.target_ids, reduction="none")

@@ -32,8 +32,8 @@ class GenerationCache:
         if model.training:
             raise ValueError("model: expected one in evaluation mode, call .eval() first")
         self.batch = batch
-        self.embedding = model.embedding.weight
-        self.head = model.head
+        self.embedding = model.embedding.weight.detach().clone()
+        self.head_weight, self.head_bias = model.head.weight.T.clone(), model.head.bias.detach().clone()
         self.position = 0
         self.levels: list[tuple[Tensor, Tensor]] = []  # per level, weight (kC, H) and shift (H,)
         self.offsets: list[list[int]] = []  # per level, how far back each tap but the newest lies
@@ -60,11 +60,12 @@ class GenerationCache:
             ring[self.position % length] = h
             h = above
         self.position += 1
-        return self.head(h)
+        return torch.addmm(self.head_bias, h, self.head_weight)
 
     def extend(self, tokens: Tensor) -> Tensor:
         """Read (B, T) tokens, return logits (B, T, V): any way of cutting a sequence into calls gives the same."""
-        return torch.stack([self.step(column) for column in tokens.T], dim=1)
+        logits = [self.step(column) for column in tokens.T]
+        return torch.stack(logits, 1) if logits else self.embedding.new_empty(self.batch, 0, len(self.head_bias))
 
     def keep(self, rows: Tensor) -> None:
         """Go on with these sequences only; rows (B',) int64 or (B,) bool."""
@@ -112,24 +113,21 @@ def sample_ids(
     device = model.embedding.weight.device
     cache = GenerationCache(model, count)
     tokens = torch.zeros(count, dtype=torch.int64, device=device)
-    sequences = torch.zeros(count, max_length, dtype=torch.int64)
     alive = torch.arange(count)  # the sequence that each row of the cache belongs to
-    length = 0
-    for length in range(max_length):
-        if alive.numel() == 0:
-            break
+    columns: list[Tensor] = []
+    while alive.numel() and len(columns) < max_length:
         logits = cache.step(tokens)
-        if length < len(prefix):
-            tokens = torch.full_like(tokens, prefix[length])
+        if len(columns) < len(prefix):
+            tokens = torch.full_like(tokens, prefix[len(columns)])
         else:
             tokens = _draw(logits.cpu(), generator, temperature, top_k).to(device)
         drawn = tokens.cpu()
-        sequences[alive, length] = drawn
+        columns.append(torch.zeros(count, dtype=torch.int64).index_copy_(0, alive, drawn))
         going = drawn != 0
-        if length >= len(prefix) and not bool(going.all()):
+        if not bool(going.all()):
             cache.keep(going.to(device))
             alive, tokens = alive[going], tokens[going.to(device)]
-    return sequences[:, : max(length, 1)] if alive.numel() == 0 else sequences
+    return torch.stack(columns, 1) if columns else torch.zeros(count, 0, dtype=torch.int64)
 
 
 def sample(
@@ -142,13 +140,14 @@ def sample(
     top_k: int | None = None,
     max_length: int = 100,
     vocabulary: Vocabulary | None = None,
-    batch: int = 8192,
+    batch: int | None = None,
 ) -> list[str]:
     """Sample names as text; equal arguments give equal names.
 
     Args:
         vocabulary: default: the model's own.
-        batch: names under way at once, bounds the memory; other values draw other names.
+        batch: names under way at once; default: at most 8192, fewer where the ring buffers would pass 256 MB. Other
+            values draw other names.
         count, prefix, temperature, top_k, max_length: see `sample_ids`.
 
     Raises:
@@ -161,22 +160,32 @@ def sample(
     if "." in prefix:
         raise ValueError("prefix: '.' is reserved for the word boundary")
     prefix_ids = vocabulary.encode(prefix)
+    if batch is None:
+        ring = sum(
+            (block.conv.kernel_size - 1) * block.conv.dilation * block.conv.in_channels for block in model.layers
+        )
+        batch = min(8192, max(1, 2**26 // ring))
     generator = torch.Generator().manual_seed(seed)
     training = model.training
     model.eval()
-    names = []
-    for start in range(0, count, batch):
-        ids = sample_ids(
-            model,
-            min(batch, count - start),
-            generator=generator,
-            prefix=prefix_ids,
-            temperature=temperature,
-            top_k=top_k,
-            max_length=max_length,
-        )
-        names += [vocabulary.decode(row[:n]) for row, n in zip(ids.tolist(), (ids != 0).sum(1).tolist(), strict=True)]
-    model.train(training)
+    names: list[str] = []
+    try:
+        while True:
+            ids = sample_ids(
+                model,
+                min(batch, count - len(names)),
+                generator=generator,
+                prefix=prefix_ids,
+                temperature=temperature,
+                top_k=top_k,
+                max_length=max_length,
+            )
+            lengths = (ids != 0).sum(1).tolist()
+            names += [vocabulary.decode(row[:n]) for row, n in zip(ids.tolist(), lengths, strict=True)]
+            if len(names) >= count:
+                break
+    finally:
+        model.train(training)
     return names
 
 
@@ -186,7 +195,7 @@ def _draw(logits: Tensor, generator: torch.Generator, temperature: float, top_k:
     candidates = None
     if top_k is not None and top_k < logits.shape[1]:
         logits, candidates = logits.topk(top_k, dim=1)
-    # the largest logit becomes 0 first, so that no temperature, however small, makes an infinity
-    logits = (logits - logits.amax(1, keepdim=True)) / temperature
+    # in float64 and with the largest logit at 0, so that no temperature, however small, makes a NaN
+    logits = (logits - logits.amax(1, keepdim=True)).double() / temperature
     drawn = torch.multinomial(logits.softmax(1), 1, generator=generator)
     return (drawn if candidates is None else candidates.gather(1, drawn)).flatten()

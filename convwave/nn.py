@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Sequence
-from typing import Any, Literal, cast
+from typing import Any, Literal, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +18,7 @@ from convwave.data import Vocabulary
 from convwave.graph import Graph
 
 Statistics = Literal["windows", "positions"]
+_T = TypeVar("_T", int, float)
 
 
 class CausalConv1d(nn.Module):
@@ -87,11 +88,18 @@ class ConvBatchNormTanh(nn.Module):
     """One level: dilated causal convolution, weighted BatchNorm, tanh."""
 
     def __init__(
-        self, in_channels: int, out_channels: int, kernel_size: int = 2, dilation: int = 1, unbiased: bool = True
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int = 2,
+        dilation: int = 1,
+        unbiased: bool = True,
+        eps: float = 1e-5,
+        momentum: float = 0.1,
     ) -> None:
         super().__init__()
         self.conv = CausalConv1d(in_channels, out_channels, kernel_size, dilation)
-        self.norm = BatchNorm(out_channels, unbiased)
+        self.norm = BatchNorm(out_channels, unbiased, eps, momentum)
 
     def forward(self, h: Tensor, taps: Tensor, weights: Tensor | None = None, total: float | None = None) -> Tensor:
         """(N', C), (k, N), (N,) counts or None, their sum or None -> (N, H)."""
@@ -126,8 +134,14 @@ class ConvWave(nn.Module):
         statistics: "windows" weighs every row by the windows that contain it, which makes training mode equal to the
             windowed network; "positions" counts every row once, as a user of temporal convolutions expects.
         factors: taps of each level instead of ``levels`` times 2; level l has dilation ``prod(factors[:l])``.
+        eps, momentum: of the BatchNorms, or one number for each level.
         vocabulary: kept with the model and its checkpoints when given.
+
+    Attributes:
+        data_sha256: of the text that it was trained on, kept with its checkpoints; None where unknown.
     """
+
+    data_sha256: str | None = None
 
     def __init__(
         self,
@@ -140,13 +154,15 @@ class ConvWave(nn.Module):
         statistics: Statistics = "windows",
         *,
         factors: Sequence[int] | None = None,
+        eps: float | Sequence[float] = 1e-5,
+        momentum: float | Sequence[float] = 0.1,
         vocabulary: Vocabulary | None = None,
     ) -> None:
         super().__init__()
         factors = tuple(factors) if factors is not None else (2,) * levels
-        widths = [n_hidden] * len(factors) if isinstance(n_hidden, int) else list(n_hidden)
-        if len(widths) != len(factors):
-            raise ValueError(f"n_hidden: expected one number or {len(factors)}, one per level, got {len(widths)}")
+        widths = _per_level("n_hidden", n_hidden, len(factors))
+        epsilons = _per_level("eps", eps, len(factors))
+        momenta = _per_level("momentum", momentum, len(factors))
         sizes = {"vocab_size": vocab_size, "n_embd": n_embd, "levels": len(factors), "n_hidden": min(widths, default=1)}
         for name, value in sizes.items():
             if value < 1:
@@ -165,7 +181,9 @@ class ConvWave(nn.Module):
         self.embedding = nn.Embedding(vocab_size, n_embd)
         channels = [n_embd, *widths]
         self.blocks = nn.ModuleList(
-            ConvBatchNormTanh(channels[i], channels[i + 1], factor, math.prod(factors[:i]), unbiased)
+            ConvBatchNormTanh(
+                channels[i], channels[i + 1], factor, math.prod(factors[:i]), unbiased, epsilons[i], momenta[i]
+            )
             for i, factor in enumerate(factors)
         )
         self.head = nn.Linear(widths[-1], vocab_size)
@@ -195,11 +213,17 @@ class ConvWave(nn.Module):
         """Logits (graph.num_rows, V) of every top row of the graph.
 
         Raises:
-            ValueError: the graph has other factors than the network.
+            ValueError: the graph has other factors than the network, or statistics="positions" in training mode
+                on a graph that is not dense.
             IndexError: a token id that is not below vocab_size (on a CPU; on CUDA a device-side assertion).
         """
         if graph.factors != self.factors:
             raise ValueError(f"graph: expected factors {self.factors}, got {graph.factors}")
+        if self.statistics == "positions" and self.training and graph.kind != "dense":
+            raise ValueError(
+                f"graph: statistics='positions' trains on a dense graph only, got a {graph.kind} one, "
+                "whose rows are not the positions"
+            )
         h = self.embedding(graph.tokens)
         for block, taps, weights, total in zip(self.layers, graph.taps, graph.weights, graph.totals, strict=True):
             h = block(h, taps, weights, total) if self.statistics == "windows" else block(h, taps)
@@ -214,6 +238,8 @@ class ConvWave(nn.Module):
             "factors": list(self.factors),
             "unbiased": self.unbiased,
             "statistics": self.statistics,
+            "eps": [block.norm.eps for block in self.layers],
+            "momentum": [block.norm.momentum for block in self.layers],
         }
 
     def save(self, path: str | os.PathLike[str]) -> None:
@@ -224,6 +250,13 @@ class ConvWave(nn.Module):
 
     def extra_repr(self) -> str:
         return f"context={self.context}, statistics={self.statistics!r}, backend={self.backend!r}"
+
+
+def _per_level(name: str, value: _T | Sequence[_T], levels: int) -> list[_T]:
+    values = list(value) if isinstance(value, Sequence) else [value] * levels
+    if len(values) != levels:
+        raise ValueError(f"{name}: expected one number or {levels}, one per level, got {len(values)}")
+    return values
 
 
 def available_backends() -> list[str]:

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from convwave.checkpoint import write_atomic
-from convwave.recipes import PUBLISHED
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -39,7 +38,7 @@ def loss_csv(curve: Sequence[Block]) -> str:
 
 
 def loss_plot(curve: Sequence[Block], path: Path, result: Result) -> None:
-    """Draw the curve of one run with its final losses and the post's best to a PNG."""
+    """Draw the curve of one run with its validation loss to a PNG."""
     figure, axes = _axes()
     axes.plot([b.last_step for b in curve], [b.mean_loss for b in curve], color=BLUE, linewidth=1.2, label="training")
     val = result.splits["val"].loss
@@ -80,11 +79,6 @@ def reproduction_plot(rows: Sequence[dict[str, object]], path: Path) -> None:
     for axes in (left, right):
         axes.spines[["top", "right"]].set_visible(False)
     _save(figure, path)
-
-
-def published_best() -> float:
-    """The lowest validation loss that the post prints."""
-    return min(network.val for network in PUBLISHED.values())
 
 
 def _axes() -> tuple[Figure, Axes]:

@@ -44,6 +44,8 @@ def device_name(device: str = "cpu") -> str:
 def commit() -> str | None:
     """The checkout's commit, with "+" when tracked files differ from it; None outside a checkout."""
     here = Path(__file__).resolve().parent
+    if not (here.parent / "setup.py").is_file():
+        return None
     try:
         head = subprocess.run(
             ["git", "rev-parse", "--short=12", "HEAD"], cwd=here, capture_output=True, text=True, check=True

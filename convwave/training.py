@@ -21,6 +21,11 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
+
 from convwave import functional, plotting, reference
 from convwave.checkpoint import CheckpointError, read_tensors, write_atomic, write_tensors
 from convwave.convert import from_windowed, to_windowed
@@ -113,6 +118,10 @@ class Config:
             levels=depth if levels is None else levels,
             device=device or "cpu",
         )
+        if config.batch < 2 and chosen.batch_of == "windows":
+            raise UsageError("batch: expected at least 2 windows, the variance of one is not defined, got 1")
+        if config.seed >= 2**63:
+            raise UsageError(f"seed: expected below 2**63, got {config.seed}")
         for name, low in {"steps": 1, "batch": 1, "n_embd": 1, "n_hidden": 1, "levels": 1, "seed": 0}.items():
             if getattr(config, name) < low:
                 raise UsageError(f"{name}: expected at least {low}, got {getattr(config, name)}")
@@ -280,15 +289,16 @@ class ConvolutionRun:
 
     def restore(self, state: dict[str, Tensor]) -> None:
         self.net.load_state_dict(_without_prefix("model", state))
+        if self.recipe.optimizer != "sgd":  # which keeps nothing from step to step
+            for name, _ in self.net.named_parameters():
+                if not _without_prefix(f"optimizer.{name}", state):
+                    raise KeyError(f"no optimizer state of {name}")
         names: dict[Tensor, str] = {parameter: name for name, parameter in self.net.named_parameters()}
         for optimizer in self.optimizers:
             for group in optimizer.param_groups:
                 for parameter in group["params"]:
                     values = _without_prefix(f"optimizer.{names[parameter]}", state)
-                    if values:
-                        optimizer.state[parameter] = {
-                            key: value if key == "step" else value.to(parameter.device) for key, value in values.items()
-                        }
+                    optimizer.state[parameter] = {key: value.to(parameter.device) for key, value in values.items()}
         self.generator.set_state(state["generator"])
 
 
@@ -404,9 +414,18 @@ def train(
         Diverged: a loss or a weight that is not finite; the last good state stays on the disk.
         Interrupted: Ctrl-C; the state is saved.
     """
-    reporter = reporter or Reporter()
-    if out is not None and not resume and (out / STATE_FILE).exists():
-        raise UsageError(f"out: {out} holds a run already; continue it with --resume or choose another directory")
+    with nullcontext() if out is None else locked(out):
+        return _train(config, words, out, resume, save_every, reporter or Reporter())
+
+
+def _train(
+    config: Config, words: Words, out: Path | None, resume: bool, save_every: float, reporter: Reporter
+) -> Result:
+    if out is not None:
+        if not resume and ((out / STATE_FILE).exists() or (out / MODEL_FILE).exists()):
+            raise UsageError(f"out: {out} holds a run already; continue it with --resume or choose another directory")
+        for partial in out.glob(".*.partial"):  # of a run that was killed while it wrote
+            partial.unlink()
     splits = split_words(words.words)
     vocabulary = Vocabulary.from_words(words.words)
     packed = pack(splits.train, vocabulary)
@@ -426,9 +445,10 @@ def train(
         if out is not None:
             _save_state(out / STATE_FILE, run, config, words, losses, seconds + time.perf_counter() - started)
 
-    reporter.start(config, run.model().num_parameters, len(losses))
+    parameters = run.model().num_parameters
     started = last_save = time.perf_counter()
     try:
+        reporter.start(config, parameters, len(losses))
         small = RECIPES[config.recipe].batch_of == "windows"
         with _interruptible() as interrupted, threads(1) if small else nullcontext():
             if not losses:
@@ -448,13 +468,18 @@ def train(
             save()
             model = run.finish()
             seconds += time.perf_counter() - started
+            if interrupted():
+                raise Interrupted(f"stopped after the last step{_kept(out)}")
     finally:
         reporter.stop()
 
-    model.vocabulary = vocabulary
+    model.vocabulary, model.data_sha256 = vocabulary, words.sha256
     evaluation = EvaluationSet(splits, vocabulary, config.factors, config.device)
     checkpoint = None if out is None else out / MODEL_FILE
     result = Result(config, model.num_parameters, seconds, losses, evaluation.losses(model), model, checkpoint)
+    for name, split in result.splits.items():
+        if split.loss is not None and not math.isfinite(split.loss):
+            raise Diverged(f"the loss of split {name} is {split.loss}{_kept(out)}")
     if out is not None and checkpoint is not None:
         model.save(checkpoint)
         curve = plotting.block_means(losses)
@@ -468,7 +493,14 @@ def train(
 def read_config(out: Path) -> Config:
     """The configuration of the run in a directory; raises CheckpointError where there is none."""
     _, metadata = read_tensors(out / STATE_FILE, STATE_FORMAT)
-    return Config(**metadata["config"])
+    return _config_of(out / STATE_FILE, metadata)
+
+
+def _config_of(path: Path, metadata: dict[str, Any]) -> Config:
+    try:
+        return Config(**metadata["config"])
+    except (KeyError, TypeError) as error:
+        raise CheckpointError(f"{path}: is not a usable state: {error}") from None
 
 
 def _save_state(path: Path, run: Run, config: Config, words: Words, losses: list[float], seconds: float) -> None:
@@ -488,24 +520,40 @@ def _save_state(path: Path, run: Run, config: Config, words: Words, losses: list
 
 def _load_state(path: Path, run: Run, config: Config, words: Words) -> tuple[list[float], float]:
     tensors, metadata = read_tensors(path, STATE_FORMAT)
-    saved = metadata["config"]
+    saved = asdict(_config_of(path, metadata))
     for name, value in asdict(config).items():
-        if saved.get(name) != value:
-            raise CheckpointError(f"{path}: was made with {name} {saved.get(name)}, cannot go on with {value}")
-    if metadata["data_sha256"] != words.sha256:
+        if saved[name] != value:
+            raise CheckpointError(f"{path}: was made with {name} {saved[name]}, cannot go on with {value}")
+    if metadata.get("data_sha256") != words.sha256:
         raise CheckpointError(f"{path}: was trained on other data than {words.source}")
-    losses = tensors.pop("losses").tolist()
     try:
-        run.restore(tensors)
+        losses = tensors.pop("losses").tolist()
+        if losses:
+            run.restore(tensors)
+        return losses, float(metadata["seconds"])
     except (KeyError, RuntimeError) as error:
         raise CheckpointError(f"{path}: is not a usable state: {str(error).splitlines()[0]}") from None
-    return losses, metadata["seconds"]
 
 
 def _kept(out: Path | None) -> str:
     if out is None:
         return ""
-    return f"; {out / STATE_FILE} holds the last good state"
+    return f"; {out / STATE_FILE} holds the last good state, --resume continues from it"
+
+
+@contextmanager
+def locked(out: Path) -> Iterator[None]:
+    """Keep other processes from training in the same directory; the lock ends with the process, however it ends."""
+    out.mkdir(parents=True, exist_ok=True)
+    if fcntl is None:  # Windows
+        yield
+        return
+    with open(out / ".lock", "w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise UsageError(f"out: another process is training in {out}") from None
+        yield
 
 
 @contextmanager

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import math
 import random
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -71,7 +72,9 @@ class Check:
         return self.max_abs_error <= self.bound  # False for NaN
 
     def to_json(self) -> dict[str, Any]:
-        return {**asdict(self), "passed": self.passed}
+        """Plain JSON values; an infinite error is null."""
+        values = {**asdict(self), "passed": self.passed}
+        return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
 
 
 def verify(
@@ -96,6 +99,9 @@ def verify(
 
     Yields:
         Checks, the failed ones included.
+
+    Raises:
+        ConversionError: a network that has no windowed counterpart.
     """
     verifier = _Verifier(model, splits, vocabulary, network, torch.device(device), seed)
     yield from verifier.evaluation()
@@ -170,10 +176,13 @@ class _Verifier:
     # Training mode: logits, loss, gradients, running statistics
 
     def training(self) -> Iterator[Check]:
-        # real names, some of them twice, a name of one letter and an empty one
+        # real names, some of them twice, a name of one letter and an empty one, and random ones, so that even a text of
+        # two words makes a batch whose variances are not nearly 0: there float32 compares rounding with rounding
         most = max(2, MOST_TOKENS // self.model.context // 8)
         words = self.random.sample(self.splits.train, min(256, most, len(self.splits.train)))
-        packed = pack([*words, *words[:8], self.vocabulary.symbols[-1], ""], self.vocabulary)
+        packed = pack(
+            [*words, *words[:8], self.vocabulary.symbols[-1], "", *self._made(min(64, most))], self.vocabulary
+        )
         counts = torch.randint(0, 4, (len(packed),), generator=self.generator)
         counts[:2] += 1
         for dtype in (torch.float64, torch.float32):
@@ -312,8 +321,9 @@ class _Verifier:
                     got = self._logits_of(make, model, altered)
                     before = offset < t
                     change = float((got - base)[before].abs().max())
-                    if change > changed:
-                        changed, first = change, first or _place(packed, _first_row(got, base, before), self.vocabulary)
+                    if not change <= changed:
+                        changed = math.inf if math.isnan(change) else change
+                        first = first or _place(packed, _first_row(got, base, before), self.vocabulary)
                 planted = Packed(torch.where(here, V, packed.tokens), packed.targets, packed.cu_seqlens)
                 got = self._logits_of(make, poisoned, planted)
                 affected = got.isnan().any(1)
@@ -330,7 +340,7 @@ class _Verifier:
                     f"causality, changed token, {kind}{self.suffix}",
                     f"logits before t when token t changes; {text}",
                     changed,
-                    changed / float(base.abs().max()),
+                    changed / max(float(base.abs().max()), 1e-300),
                     0.0,
                     exact,
                     first,
@@ -352,7 +362,7 @@ class _Verifier:
     def trajectory(self, steps: int, batch: int = 32) -> Iterator[Check]:
         """The post's recipe on the same random windows: literally for the MLP, as counts for the convolution."""
         words, _ = self._affordable(self.splits.train)
-        packed = pack(words, self.vocabulary)
+        packed = pack(words if len(words) >= 64 else [*words, *self._made(64)], self.vocabulary)
         everything = distinct_graph(packed, factors=self.model.factors)
         windows = reference.build_windows(packed, self.model.context)
         mlp = to_windowed(self._model(torch.float64).cpu()).train()
@@ -368,19 +378,19 @@ class _Verifier:
                 loss = functional.loss(model(graph), graph)
                 loss.backward()
                 optimizer.step()
-                largest_loss = max(largest_loss, abs(loss.item() - expected))
+                largest_loss = max(largest_loss, _largest(loss.detach().cpu() - expected))
         pairs = dict(zip(_parameter_names(model), zip(_weights(model), mlp.parameters(), strict=True), strict=True))
         error, where = 0.0, ""
         for name, (got, truth) in pairs.items():
-            difference = float((got.detach().cpu() - truth.detach()).abs().max())
-            if not difference <= error:
+            difference = _largest(got.detach().cpu() - truth.detach())
+            if difference > error:
                 error, where = difference, f"{name}; losses differ by up to {largest_loss:.1e}"
         scale = max(float(truth.detach().abs().max()) for _, truth in pairs.values())
         yield Check(
             f"trajectory, {steps} steps, f64{self.suffix}",
             f"weights after {steps:,} steps of the post's SGD on {batch} random windows, as counts with as windows",
             error,
-            error / scale,
+            error / max(scale, 1e-300),
             TRAJECTORY,
             f"{TRAJECTORY:g} absolute: rounding grows over the steps",
             where,
@@ -403,6 +413,11 @@ class _Verifier:
 
     def _logits_of(self, make: Callable[..., Graph], model: ConvWave, packed: Packed) -> Tensor:
         return self._logits(make(packed, factors=model.factors), model)
+
+    def _made(self, number: int) -> list[str]:
+        """Words of random letters."""
+        letters = self.vocabulary.symbols[1:]
+        return ["".join(self.random.choices(letters, k=self.random.randint(1, 12))) for _ in range(number)]
 
     def _affordable(self, words: Sequence[str]) -> tuple[list[str], str]:
         """Words whose windows fit the budget: all of them, or a random part, and a note for the latter."""
@@ -429,12 +444,13 @@ class _Verifier:
     ) -> Check:
         scale = float(expected.abs().max())
         difference = (got.double() - expected.double()).abs()
-        error = float(difference.max())
+        error = _largest(difference)
         where = ""
-        if locate is not None and not error <= bound * scale:
+        if locate is not None and error > bound * scale:
             bad = ~(difference <= bound * scale)
             where = locate(int(bad.flatten(1).any(1).nonzero()[0]))
-        return Check(name + self.suffix, compared, error, error / scale, bound * scale, _origin(dtype, bound), where)
+        relative = _relative(got, expected)
+        return Check(name + self.suffix, compared, error, relative, bound * scale, _origin(dtype, bound), where)
 
     def _tensors(
         self, name: str, compared: str, pairs: dict[str, tuple[Tensor, Tensor]], bound: float, dtype: torch.dtype
@@ -443,7 +459,7 @@ class _Verifier:
         worst = None
         for tensor, (got, expected) in pairs.items():
             check = self._check(name, compared, got.detach().cpu(), expected.detach(), bound, dtype)
-            if worst is None or not check.relative_error <= worst.relative_error:
+            if worst is None or check.relative_error > worst.relative_error:
                 worst = replace(check, where=f"worst: {tensor}")
         assert worst is not None
         return worst
@@ -561,8 +577,15 @@ def _as_windowed(name: str, tensor: Tensor) -> Tensor:
     return tensor.permute(2, 1, 0).flatten(0, 1) if tensor.ndim == 3 else tensor
 
 
+def _largest(difference: Tensor) -> float:
+    """The largest absolute value; NaN counts as infinite, so that no maximum loses it."""
+    return float(difference.abs().nan_to_num(nan=math.inf).max())
+
+
 def _relative(got: Tensor, expected: Tensor) -> float:
-    return float((got.double() - expected.double()).abs().max() / expected.double().abs().max())
+    """The largest difference over the largest expected value; 0 where both are 0."""
+    error, scale = _largest(got.double() - expected.double()), float(expected.abs().max())
+    return error / scale if scale else math.inf if error else 0.0
 
 
 def _float32_bound(error: float) -> float:
@@ -581,7 +604,7 @@ def _short(dtype: torch.dtype) -> str:
 
 
 def _first_row(got: Tensor, expected: Tensor, among: Tensor) -> int:
-    return int((((got - expected).abs().amax(1) > 0) & among).nonzero()[0])
+    return int((~((got - expected).abs().amax(1) == 0) & among).nonzero()[0])
 
 
 def _place(packed: Packed, row: int, vocabulary: Vocabulary) -> str:

@@ -39,7 +39,10 @@ class Mutant:
 MUTANTS = [
     Mutant("taps swapped", "functional", "weight.permute(2, 1, 0)", "weight.flip(2).permute(2, 1, 0)"),
     Mutant(
-        "taps swapped where products are gathered", "functional", "h @ weight.permute", "h @ weight.flip(2).permute"
+        "one tap's matrix used twice where products are gathered",
+        "functional",
+        "(h @ weight[:, :, j].T)",
+        "(h @ weight[:, :, j - 1].T)",
     ),
     Mutant(
         "zero padding at the first position",
@@ -175,11 +178,15 @@ MUTANTS = [
     Mutant(
         "logits multiplied by the temperature",
         "generation",
-        "keepdim=True)) / temperature",
-        "keepdim=True)) * temperature",
+        "keepdim=True)).double() / temperature",
+        "keepdim=True)).double() * temperature",
     ),
     Mutant("novel names are the seen ones", "evaluation", "word not in train for", "word in train for"),
 ]
+
+
+# No fault at all: the tests must pass with it, or what they say of the others means nothing.
+CONTROL = Mutant("no fault", "functional", "total - 1 if unbiased", "total - 1 if unbiased")
 
 
 class _Plant(importlib.machinery.SourceFileLoader, MetaPathFinder):
@@ -224,12 +231,15 @@ def run(mutant: Mutant, mode: str = "tests") -> Outcome:
 def run_all(mode: str = "tests") -> dict[str, Outcome]:
     """Every fault, two at a time."""
     with ThreadPoolExecutor(2) as pool:
-        return dict(zip((m.name for m in MUTANTS), pool.map(lambda m: run(m, mode), MUTANTS), strict=True))
+        mutants = [CONTROL, *MUTANTS]
+        return dict(zip((m.name for m in mutants), pool.map(lambda m: run(m, mode), mutants), strict=True))
 
 
 def report() -> str:
     """The table of MUTANTS.md."""
     tests, verify = run_all("tests"), run_all("verify")
+    assert not tests.pop(CONTROL.name).caught, "the tests fail without a fault"
+    assert not verify.pop(CONTROL.name).caught, "verify fails without a fault"
     lines = [
         "# Planted faults",
         "",
@@ -275,7 +285,7 @@ def main(arguments: Sequence[str]) -> int:
     if arguments[0] == "--report":
         (ROOT / "tests/MUTANTS.md").write_text(report(), encoding="utf-8")
         return 0
-    mutant = next(m for m in MUTANTS if m.name == arguments[0])
+    mutant = next(m for m in [CONTROL, *MUTANTS] if m.name == arguments[0])
     sys.meta_path.insert(0, _Plant(mutant))
     if arguments[1:] == ["verify"]:
         return _run_verify()

@@ -43,7 +43,7 @@ def refused(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
     captured = capsys.readouterr()
     assert status == 2
     assert captured.out == ""
-    lines = [line for line in captured.err.splitlines() if not line.startswith(("data: ", "training "))]
+    lines = [line for line in captured.err.splitlines() if not line.startswith(("data: ", "note: ", "training "))]
     assert len(lines) == 1, captured.err
     return lines[0]
 
@@ -121,6 +121,68 @@ def test_a_reader_that_goes_away_is_no_error(trained: Path, few: Path) -> None:
     assert "Traceback" not in done.stderr
 
 
+@pytest.mark.parametrize("arguments", [["sample", "-n", "3"], ["data", "--json"], ["evaluate", "--json"]])
+def test_nor_is_one_that_goes_before_anything_was_written(arguments: list[str], trained: Path, few: Path) -> None:
+    run = [f"'{trained}'"] if arguments[0] != "data" else []
+    words = " ".join([arguments[0], *run, *arguments[1:], "--data", f"'{few}'"])
+    command = f"'{sys.executable}' -m convwave {words} | true"
+    environment = {**os.environ, "PYTHONUNBUFFERED": ""}
+    done = subprocess.run(["bash", "-o", "pipefail", "-c", command], capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
+    assert "BrokenPipe" not in done.stderr
+
+
+def test_training_goes_on_when_nobody_reads_its_progress(few: Path, tmp_path: Path) -> None:
+    train = f"'{sys.executable}' -m convwave train --steps 40 --batch 64 --out '{tmp_path / 'r'}' --data '{few}'"
+    done = subprocess.run(["bash", "-o", "pipefail", "-c", f"{train} 2>&1 | true"], capture_output=True, text=True)
+    assert done.returncode == 0
+    assert (tmp_path / "r/model.safetensors").exists()
+
+
+def test_any_letter_can_be_printed_anywhere(tmp_path: Path) -> None:
+    path = tmp_path / "unicode.txt"
+    path.write_text("žofie\n語\nłukasz\n" * 5, encoding="utf-8")
+    environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
+    run = [sys.executable, "-m", "convwave"]
+    options = ["--data", str(path)]
+    out = str(tmp_path / "r")
+    for arguments in (
+        ["data", "--json"],
+        ["train", "--steps", "3", "--out", out],
+        ["sample", out, "--json"],
+        ["sample", out],
+    ):
+        done = subprocess.run([*run, *arguments, *options], capture_output=True, text=True, env=environment)
+        assert done.returncode == 0, done.stderr
+        if "--json" in arguments:
+            assert last_json(done.stdout)
+    assert (
+        "ž"
+        in last_json(subprocess.run([*run, "data", "--json", *options], capture_output=True, text=True).stdout)[
+            "vocabulary"
+        ]
+    )
+
+
+def test_another_text_than_the_model_was_trained_on_is_said(trained: Path, few: Path, tmp_path: Path, capsys) -> None:
+    other = tmp_path / "other.txt"
+    other.write_text("\n".join(few.read_text().split()[:100]))
+    for command in ("sample", "evaluate"):
+        assert cli.main([command, str(trained), "--data", str(other), "--json"]) == 0
+        captured = capsys.readouterr()
+        assert "was trained on another text" in captured.err
+        assert last_json(captured.out)["trained_on_this_data"] is False
+        assert cli.main([command, str(trained), "--data", str(few), "--json"]) == 0
+        captured = capsys.readouterr()
+        assert "another text" not in captured.err
+        assert last_json(captured.out)["trained_on_this_data"] is True
+
+
+def test_no_names_are_no_lines(trained: Path, few: Path, capsys) -> None:
+    assert cli.main(["sample", str(trained), "-n", "0", "--data", str(few)]) == 0
+    assert capsys.readouterr().out == ""
+
+
 def test_reproduce_in_small(few: Path, tmp_path: Path, capsys) -> None:
     arguments = ["reproduce", "--blog-steps", "20", "--fast-steps", "5", "--data", str(few), "--out", str(tmp_path)]
     assert cli.main([*arguments, "--json"]) == 0
@@ -178,7 +240,13 @@ def test_refusals(trained: Path, few: Path, tmp_path: Path, capsys) -> None:
         (["train", "--out", str(trained), *use], "holds a run already"),
         (["train", "--out", str(trained), "--resume", "--seed", "9", *use], "--seed:"),
         (["train", "--out", str(trained), "--resume", "--data", str(other)], "other data"),
-        (["train", "--steps", "1", "--out", str(tmp_path / "file/deeper"), *use], "file"),
+        (["train", "--steps", "1", "--out", str(tmp_path / "file/deeper"), *use], str(tmp_path / "file")),
+        (["train", "--device", "meta", *use], "--device: expected cpu or cuda, got 'meta'"),
+        (["train", "--seed", str(2**64), *use], "seed: expected below 2**63"),
+        (["train", "--recipe", "blog", "--batch", "1", *use], "batch: expected at least 2 windows"),
+        (["train", "--save-every", "nan", *use], "--save-every"),
+        (["sample", str(trained), "--seed", str(2**64), *use], "--seed"),
+        (["verify", str(trained), "--out", str(tmp_path / "file"), *use], str(tmp_path / "file")),
         (["evaluate", str(tmp_path / "none"), *use], "no such file"),
         (["evaluate", str(few), *use], "not a usable safetensors file"),
         (["evaluate", str(trained), "--data", str(other)], "character 'ž'"),

@@ -152,11 +152,34 @@ def test_a_linear_bias_of_the_posts_classes_is_folded(packed: cw.Packed) -> None
         assert relative_error(model(graph), mlp(windows.inputs)) < RELATIVE
 
 
+def test_frozen_parameters_stay_frozen() -> None:
+    net = somebodys_network((2, 2), [4, 5], False)
+    net[0].weight.requires_grad_(False)
+    net[1 + 1].weight.requires_grad_(False)
+    model = cw.from_windowed(net)
+    frozen = {name for name, p in model.named_parameters() if not p.requires_grad}
+    assert frozen == {"embedding.weight", "blocks.0.conv.weight"}
+
+
+def tied() -> nn.Sequential:
+    net = plain(nn.Embedding(5, 4), nn.Flatten(), nn.Linear(8, 4), nn.BatchNorm1d(4), nn.Tanh(), nn.Linear(4, 5))
+    net[5].weight = net[0].weight
+    return net
+
+
+def half_evaluating() -> nn.Sequential:
+    net = plain(nn.Embedding(5, 4), nn.Flatten(), nn.Linear(8, 4), nn.BatchNorm1d(4), nn.Tanh(), nn.Linear(4, 5))
+    net[3].eval()
+    return net
+
+
 def plain(*layers: nn.Module) -> nn.Sequential:
     return nn.Sequential(*layers)
 
 
 REFUSED = [
+    (tied, "shares a weight between layers"),
+    (half_evaluating, "some layers are in training mode and some are not"),
     (lambda: plain(nn.Linear(3, 4)), "an nn.Embedding first"),
     (lambda: plain(nn.Embedding(5, 3), nn.Flatten(), nn.Linear(6, 5)), "at least one Linear, BatchNorm1d, Tanh"),
     (lambda: plain(nn.Embedding(5, 3), nn.Conv1d(3, 4, 2), nn.Linear(4, 5)), r"cannot convert Conv1d"),
@@ -240,6 +263,13 @@ def test_a_network_that_cannot_be_converted_is_refused_with_the_reason(make, rea
 def test_the_unbiased_network_has_no_torch_counterpart() -> None:
     with pytest.raises(cw.ConversionError, match=r"unbiased variance, nn\.BatchNorm1d with the biased one"):
         cw.to_torch(cw.ConvWave())
+
+
+def test_statistics_over_positions_have_no_windowed_counterpart() -> None:
+    model = cw.ConvWave(5, unbiased=False, statistics="positions")
+    for convert in (cw.to_windowed, cw.to_torch):
+        with pytest.raises(cw.ConversionError, match="statistics='positions'"):
+            convert(model)
 
 
 def test_conversion_leaves_the_network_as_it_was() -> None:

@@ -73,6 +73,8 @@ def test_harmless_forms_read_alike(tmp_path: Path, end: str) -> None:
         (b" \n\n", "holds no word"),
         (b"ab\nc.d\n", r"line 2: 'c.d' contains '\.'"),
         (b"ab\ncd\xff\n", "line 2: byte 0xff is not UTF-8"),
+        (b"\xef\xbb\xbfab\ncd\xff\n", "line 2: byte 0xff is not UTF-8"),
+        (b"ab\rcd\r\ne\xff", "line 3: byte 0xff is not UTF-8"),
         (b"ab\nc\x00d\n", r"line 2: contains the control character U\+0000"),
     ],
 )
@@ -98,6 +100,8 @@ def test_fetch_checks_the_checksum_and_keeps_nothing_else(tmp_path: Path, names_
     assert not (tmp_path / "data").exists()
     with pytest.raises(cw.DataError, match="download failed"):
         data.fetch_names((tmp_path / "missing").as_uri(), tmp_path / "data")
+    with pytest.raises(cw.DataError, match="download failed"):
+        data.fetch_names("http://a b/", tmp_path / "data")
     fetched = data.fetch_names(Path(names_txt.source).resolve().as_uri(), tmp_path / "data")
     assert cw.read_words(fetched).is_names_txt
     assert data.fetch_names("file:///nowhere", tmp_path / "data") == fetched, "a good file is not fetched again"

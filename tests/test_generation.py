@@ -46,6 +46,18 @@ def test_any_cut_into_calls_gives_the_full_evaluation(factors, length: int, data
     assert relative_error(torch.cat(parts, 1), expected) < RELATIVE
 
 
+def test_a_cache_is_a_copy_and_may_read_nothing() -> None:
+    model = network()
+    cache, same = GenerationCache(model, 2), GenerationCache(model, 2)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.zero_()
+    tokens = torch.tensor([[0, 1], [0, 2]])
+    assert cache.extend(tokens[:, :0]).shape == (2, 0, 5)
+    assert torch.equal(cache.extend(tokens), same.extend(tokens))
+    assert float(cache.extend(tokens).abs().max()) > 0
+
+
 def test_sequences_can_leave_the_batch() -> None:
     model = network()
     tokens = torch.tensor([[0, 1, 2, 3, 1], [0, 4, 4, 1, 2], [0, 2, 2, 2, 2]])
@@ -90,6 +102,8 @@ def test_seed_prefix_temperature_and_top_k() -> None:
     assert len(set(greedy)) == 1
     assert greedy == cw.sample(model, 5, top_k=1, max_length=12)
     assert greedy == cw.sample(model, 5, temperature=1e-40, max_length=12)
+    assert greedy == cw.sample(model, 5, temperature=1e-300, max_length=12)
+    assert len(cw.sample(model, 20, batch=3)) == 20
     cold, hot = (len(set(cw.sample(model, 300, temperature=t, max_length=6))) for t in (0.2, 3.0))
     assert cold < hot
     assert cw.sample(model, 0) == []
@@ -124,9 +138,11 @@ def test_bad_arguments_are_named() -> None:
         ({"prefix": "abc", "max_length": 2}, "max_length: expected at least 3, got 2"),
         ({"prefix": "z"}, "character 'z'"),
         ({"prefix": "a."}, "reserved"),
+        ({"count": -1}, "count: expected at least 0, got -1"),
     ]:
         with pytest.raises(ValueError, match=reason):
-            cw.sample(model, 3, **arguments)
+            cw.sample(model.train(), **{"count": 0, **arguments})
+        assert model.training
     with pytest.raises(ValueError, match="evaluation mode"):
         GenerationCache(network().train(), 1)
     model.vocabulary = None

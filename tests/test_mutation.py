@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from tests.mutation import MUTANTS, ROOT, Outcome, run_all
+from tests.mutation import CONTROL, MUTANTS, ROOT, Outcome, run_all
 
 
 @pytest.fixture(scope="module")
@@ -15,6 +15,10 @@ def outcomes() -> dict[str, Outcome]:
 @pytest.mark.parametrize("name", [mutant.name for mutant in MUTANTS])
 def test_the_fault_is_caught(name: str, outcomes: dict[str, Outcome]) -> None:
     assert outcomes[name].caught, outcomes[name].by
+
+
+def test_without_a_fault_the_tests_pass(outcomes: dict[str, Outcome]) -> None:
+    assert outcomes[CONTROL.name] == Outcome(False, "survived")
 
 
 def test_the_published_list_is_this_list() -> None:

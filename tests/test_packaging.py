@@ -59,11 +59,14 @@ def test_imports_point_downward() -> None:
     for position, module in enumerate(order):
         body = ast.parse((ROOT / f"convwave/{module}.py").read_text(encoding="utf-8")).body
         for node in body:
-            if isinstance(node, ast.ImportFrom) and node.module and node.module.startswith("convwave."):
-                assert order.index(node.module.removeprefix("convwave.").split(".")[0]) < position, (
-                    module,
-                    node.module,
-                )
+            if not isinstance(node, ast.ImportFrom) or not node.module:
+                continue
+            if node.module == "convwave":
+                names = [alias.name for alias in node.names if alias.name in order]
+            else:
+                names = [node.module.split(".")[1]] if node.module.startswith("convwave.") else []
+            for name in names:
+                assert order.index(name) < position, (module, name)
 
 
 def test_public_names_exist_and_are_documented() -> None:

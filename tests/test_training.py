@@ -17,7 +17,7 @@ from torch import nn
 
 import convwave as cw
 from convwave import reference, training
-from convwave.checkpoint import CheckpointError, read_tensors
+from convwave.checkpoint import CheckpointError, read_tensors, write_tensors
 from convwave.plotting import block_means
 from convwave.recipes import BLOG, FAST, RECIPES, RECORD
 from convwave.training import STATE_FILE, STATE_FORMAT, Config, ConvolutionRun, Diverged, Reporter, UsageError, train
@@ -190,6 +190,62 @@ def test_divergence_stops_with_a_clear_error_and_keeps_the_last_good_state(
     assert len(train(config, few, tmp_path / "a", resume=True).losses) == 20
 
 
+@pytest.mark.parametrize("during", ["finish", "state"])
+def test_ctrl_c_at_the_very_end_is_not_lost(during: str, few: cw.Words, tmp_path: Path, monkeypatch) -> None:
+    config = Config.make(steps=4, batch=64)
+    original = getattr(ConvolutionRun, during)
+    calls = []
+
+    def interrupted(self: ConvolutionRun):
+        calls.append(1)
+        if during == "finish" or len(calls) == 2:  # the state is taken at the start and at the end
+            signal.raise_signal(signal.SIGINT)
+        return original(self)
+
+    monkeypatch.setattr(ConvolutionRun, during, interrupted)
+    with pytest.raises(training.Interrupted, match="after the last step"):
+        train(config, few, tmp_path)
+    monkeypatch.undo()
+    resumed = train(config, few, tmp_path, resume=True)
+    assert same_bits(resumed.model.state_dict(), train(config, few).model.state_dict())
+
+
+def test_two_processes_cannot_train_in_one_directory(few: cw.Words, tmp_path: Path) -> None:
+    pytest.importorskip("fcntl", reason="needs Unix file locks")
+    config = Config.make(steps=3, batch=64)
+    with training.locked(tmp_path), pytest.raises(UsageError, match="another process is training"):
+        train(config, few, tmp_path)
+    train(config, few, tmp_path)
+
+
+def test_damaged_states_are_named(few: cw.Words, tmp_path: Path) -> None:
+    config = Config.make(steps=3, batch=64)
+    train(config, few, tmp_path)
+    path = tmp_path / STATE_FILE
+    tensors, metadata = read_tensors(path, STATE_FORMAT)
+    for name in ("losses", "optimizer.head.bias.exp_avg", "generator", "model.head.bias"):
+        kept = {key: t for key, t in tensors.items() if not key.startswith(name)}
+        if name.startswith("optimizer"):
+            kept = {key: t for key, t in kept.items() if not key.startswith("optimizer.head.bias")}
+        write_tensors(path, kept, metadata)
+        with pytest.raises(CheckpointError, match="is not a usable state"):
+            train(config, few, tmp_path, resume=True)
+    write_tensors(path, tensors, {**metadata, "config": {**metadata["config"], "colour": "red"}})
+    with pytest.raises(CheckpointError, match=r"is not a usable state.*colour"):
+        train(config, few, tmp_path, resume=True)
+    with pytest.raises(CheckpointError, match=r"is not a usable state.*colour"):
+        training.read_config(tmp_path)
+
+
+def test_what_a_killed_write_leaves_is_cleared(few: cw.Words, tmp_path: Path) -> None:
+    (tmp_path / ".state.safetensors.123.partial").write_bytes(b"half")
+    train(Config.make(steps=2, batch=64), few, tmp_path)
+    assert not list(tmp_path.glob(".*.partial"))
+    (tmp_path / STATE_FILE).unlink()
+    with pytest.raises(UsageError, match="holds a run already"):
+        train(Config.make(steps=2, batch=64), few, tmp_path)
+
+
 def test_nothing_is_overwritten_or_mixed(few: cw.Words, tmp_path: Path) -> None:
     config = Config.make(steps=3, batch=64)
     train(config, few, tmp_path)
@@ -248,6 +304,8 @@ def test_configurations_are_checked() -> None:
         ({"model": "mlp8", "n_hidden": 5}, "fixed for mlp8"),
         ({"steps": 0}, "steps: expected at least 1, got 0"),
         ({"seed": -1}, "seed: expected at least 0, got -1"),
+        ({"seed": 2**63}, r"seed: expected below 2\*\*63"),
+        ({"recipe": "blog", "batch": 1}, "batch: expected at least 2 windows"),
         ({"levels": 13}, "levels: expected at most 12"),
         ({"n_hidden": 0}, "n_hidden: expected at least 1, got 0"),
     ]:

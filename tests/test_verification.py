@@ -96,8 +96,8 @@ def test_a_wrong_activation_is_located(splits: cw.Splits, vocab: cw.Vocabulary, 
 def leak(t: int):
     """A gather_conv that mixes in the next row: sees the future."""
 
-    def broken(h, weight, taps):
-        z = ORIGINAL(h, weight, taps)
+    def broken(h, weight, taps, shift=None):
+        z = ORIGINAL(h, weight, taps, shift)
         return z + 1e-3 * z.roll(-t, 0)
 
     return broken
@@ -126,16 +126,64 @@ def test_a_wrong_cache_is_seen(splits: cw.Splits, vocab: cw.Vocabulary, monkeypa
     assert "position 3" in checks["cached generation, f64"].where
 
 
+def test_nan_in_any_tensor_fails(splits: cw.Splits, vocab: cw.Vocabulary, monkeypatch) -> None:
+    """A later, finite tensor must not hide it."""
+    for name, checks in [("_gradients", "gradients"), ("_weights", "trajectory")]:
+        original = getattr(verification, name)
+
+        def poisoned(model, original=original):
+            tensors = [t.detach().clone() for t in original(model)]
+            tensors[1][:] = float("nan")
+            return tensors
+
+        monkeypatch.setattr(verification, name, poisoned)
+        results = run(cw.ConvWave(len(vocab)), splits, vocab)
+        monkeypatch.undo()
+        found = failed(results)
+        assert found
+        assert all(n.startswith(checks) for n in found)
+        assert found == {n for n in results if n.startswith(checks)}
+
+
+def test_nan_before_the_changed_token_fails(splits: cw.Splits, vocab: cw.Vocabulary, monkeypatch) -> None:
+    original = functional.gather_conv
+    calls = iter(range(10**9))
+
+    def sometimes(h, weight, taps, shift=None):
+        z = original(h, weight, taps, shift)
+        return z * float("nan") if z.shape[1] == 11 and next(calls) > 20 else z
+
+    monkeypatch.setattr(functional, "gather_conv", sometimes)
+    verifier = verification._Verifier(cw.ConvWave(len(vocab), n_hidden=11), splits, vocab, "", torch.device("cpu"), 0)
+    assert any(not check.passed and "changed token" in check.name for check in verifier.causality())
+
+
+def test_a_head_of_zeros_and_texts_of_few_words_verify(splits: cw.Splits, vocab: cw.Vocabulary) -> None:
+    torch.manual_seed(0)
+    model = cw.ConvWave(len(vocab))
+    with torch.no_grad():
+        model.head.weight.zero_()
+    assert failed(run(model, splits, vocab)) == set()
+    for words in (["ab", "ba"], ["a"] * 10 + ["b"]):
+        small = cw.Vocabulary.from_words(words)
+        for seed in range(3):
+            torch.manual_seed(seed)
+            checks = verify(cw.ConvWave(3), cw.split_words(words), small, trajectory_steps=3, seed=seed)
+            assert [check for check in checks if not check.passed] == []
+
+
 def test_nan_is_a_failure() -> None:
-    assert not Check("x", "x", float("nan"), float("nan"), 1.0, "x").passed
+    check = Check("x", "x", float("nan"), float("inf"), 1.0, "x")
+    assert not check.passed
+    assert json.loads(json.dumps(check.to_json(), allow_nan=False))["relative_error"] is None
 
 
 def test_the_command(few: cw.Words, tmp_path: Path, capsys, monkeypatch) -> None:
     data = tmp_path / "few.txt"
     data.write_text("\n".join(few.words))
     train(Config.make(steps=5, batch=64), cw.read_words(data), tmp_path / "run")
-    certificate = tmp_path / "certificate.json"
-    arguments = ["verify", str(tmp_path / "run"), "--data", str(data), "--out", str(certificate), "--json"]
+    certificate = tmp_path / "proof/certificate.json"
+    arguments = ["verify", str(tmp_path / "run"), "--data", str(data), "--out", str(tmp_path / "proof"), "--json"]
     original = verification.verify
     monkeypatch.setattr(verification, "verify", lambda *a, **k: original(*a, **k, trajectory_steps=10))
     assert cli.main(arguments) == 0
