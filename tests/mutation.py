@@ -65,14 +65,14 @@ MUTANTS = [
     Mutant(
         "running variance biased",
         "functional",
-        "tracked = var if unbiased",
-        "tracked = var * (total - 1) / total if unbiased",
+        "total > 1 else var",
+        "total > 1 else var * (total - 1) / total",
     ),
     Mutant(
         "running variance of the biased kind not corrected",
         "functional",
-        "else var * (total / max(total - 1, 1))",
-        "else var",
+        "tracked = var * (total / (total - 1)) if",
+        "tracked = var if",
     ),
     Mutant("running mean not tracked", "functional", "running_mean.lerp_", "running_mean.clone().lerp_"),
     Mutant(
@@ -254,7 +254,8 @@ def report() -> str:
         "|---|---|---|---|",
     ]
     for mutant in MUTANTS:
-        by = tests[mutant.name].by.removeprefix("tests/") if tests[mutant.name].caught else "**survived**"
+        assert tests[mutant.name].caught or tests[mutant.name].by == "survived", tests[mutant.name].by
+        by = tests[mutant.name].by.removeprefix("tests/")
         seen = verify[mutant.name].by if verify[mutant.name].caught else "-"
         lines.append(f"| {mutant.name} | {mutant.module} | `{by}` | {seen} |")
     return "\n".join(lines) + "\n"
@@ -270,6 +271,9 @@ def _run_verify() -> int:
     words = cw.load_words().words
     torch.manual_seed(0)
     model = cw.ConvWave(len(cw.Vocabulary.from_words(words)), 10, [20, 24, 27])
+    with torch.no_grad():  # no parameter and no running statistic at its neutral value
+        for tensor in model.state_dict().values():
+            tensor.add_(0.2 * torch.rand_like(tensor))
     try:
         for check in verify(model, cw.split_words(words[:300]), cw.Vocabulary.from_words(words), trajectory_steps=20):
             if not check.passed:
