@@ -272,13 +272,17 @@ class Packed:
     def num_words(self) -> int:
         return self.cu_seqlens.numel() - 1
 
-    def select(self, words: Tensor) -> Packed:
-        """The packing of the words with these indices (int64, any order, repeats allowed)."""
+    def positions(self, words: Tensor) -> tuple[Tensor, Tensor]:
+        """The positions (N',) of the words with these indices (int64, any order, repeats allowed), and cu_seqlens."""
         starts = self.cu_seqlens[words]
         lengths = self.cu_seqlens[words + 1] - starts
         cu_seqlens = torch.cat([lengths.new_zeros(1), lengths.cumsum(0)])
         offset = torch.repeat_interleave(starts - cu_seqlens[:-1], lengths)
-        rows = torch.arange(offset.numel(), device=offset.device) + offset
+        return torch.arange(offset.numel(), device=offset.device) + offset, cu_seqlens
+
+    def select(self, words: Tensor) -> Packed:
+        """The packing of the words with these indices (int64, any order, repeats allowed)."""
+        rows, cu_seqlens = self.positions(words)
         return Packed(self.tokens[rows], self.targets[rows], cu_seqlens)
 
     def to(self, device: torch.device | str) -> Packed:

@@ -5,6 +5,8 @@ Shapes: N rows of a level, N' rows of the level below, C channels below, H chann
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -106,14 +108,67 @@ def batch_norm(
     """
     if not training:
         return (z - running_mean) * (weight * torch.rsqrt(running_var + eps)) + bias
-    if total is None:
-        total = float(z.shape[0]) if weights is None else float(weights.sum())
+    total = _total(z, weights, total)
     mean, var, deviation = center(z, weights, total, unbiased)
-    with torch.no_grad():
-        tracked = var * (total / (total - 1)) if not unbiased and total > 1 else var
-        running_mean.lerp_(mean.to(running_mean.dtype), momentum)
-        running_var.lerp_(tracked.to(running_var.dtype), momentum)
+    _track(running_mean, running_var, mean, var, total, unbiased, momentum)
     return torch.addcmul(bias, deviation, weight * torch.rsqrt(var + eps))
+
+
+def _total(z: Tensor, weights: Tensor | None, total: float | None) -> float:
+    if total is not None:
+        return total
+    return float(z.shape[0]) if weights is None else float(weights.sum())
+
+
+@torch.no_grad()
+def _track(
+    running_mean: Tensor, running_var: Tensor, mean: Tensor, var: Tensor, total: float, unbiased: bool, momentum: float
+) -> None:
+    """Move the running statistics towards a batch's, in place; the variance that is tracked is the unbiased one."""
+    tracked = var * (total / (total - 1)) if not unbiased and total > 1 else var
+    running_mean.lerp_(mean.to(running_mean.dtype), momentum)
+    running_var.lerp_(tracked.to(running_var.dtype), momentum)
+
+
+class _NormTanh(torch.autograd.Function):
+    """``tanh(batch_norm(z))`` in training mode, with the gradient in closed form: 8 passes over memory, not 20.
+
+    With zhat = (z - mean) * rstd, g the gradient in front of the tanh (summed over all that read the row), w the
+    weights, n their sum and c = 1 for the unbiased variance, else 0:
+
+        dbeta = sum g,   dgamma = sum g zhat,
+        dz = gamma rstd (g - w (dbeta / n + zhat dgamma / (n - c)))
+
+    The weights multiply the correction and not g: a row that stands for w windows has all their gradients in g already.
+    """
+
+    @staticmethod
+    def forward(
+        z: Tensor, gamma: Tensor, beta: Tensor, weights: Tensor | None, total: float, unbiased: bool, eps: float
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        mean, var, deviation = center(z, weights, total, unbiased)
+        rstd = torch.rsqrt(var + eps)
+        return torch.addcmul(beta, deviation, gamma * rstd).tanh_(), mean, var, deviation, rstd
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        _, gamma, _, weights, total, unbiased, _ = inputs
+        h, mean, var, deviation, rstd = output
+        ctx.mark_non_differentiable(mean, var, deviation, rstd)
+        ctx.save_for_backward(h, deviation, rstd, gamma, weights)
+        ctx.total, ctx.divisor = total, total - 1 if unbiased else total
+
+    @staticmethod
+    def backward(ctx: Any, dh: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+        h, deviation, rstd, gamma, weights = ctx.saved_tensors
+        g = torch.ops.aten.tanh_backward(dh, h)
+        dbeta = g.sum(0)
+        dgamma = (g * deviation).sum(0) * rstd
+        correction = torch.addcmul(dbeta / ctx.total, deviation, dgamma * rstd / ctx.divisor)
+        if weights is not None:
+            correction.mul_(weights.to(g.dtype)[:, None])
+        dz = g.sub_(correction).mul_(gamma * rstd)
+        return dz, dgamma, dbeta, None, None, None, None
 
 
 def conv_bn_tanh(
@@ -148,20 +203,10 @@ def conv_bn_tanh(
         scale = norm_weight * torch.rsqrt(running_var + eps)
         return gather_conv(x, weight * scale[:, None, None], taps, norm_bias - running_mean * scale).tanh_()
     z = gather_conv(x, weight, taps)
-    y = batch_norm(
-        z,
-        norm_weight,
-        norm_bias,
-        running_mean,
-        running_var,
-        weights=counts,
-        total=total,
-        training=True,
-        unbiased=unbiased,
-        momentum=momentum,
-        eps=eps,
-    )
-    return y.tanh_()
+    total = _total(z, counts, total)
+    h, mean, var, _, _ = _NormTanh.apply(z, norm_weight, norm_bias, counts, total, unbiased, eps)
+    _track(running_mean, running_var, mean, var, total, unbiased, momentum)
+    return h
 
 
 def loss(logits: Tensor, graph: Graph) -> Tensor:

@@ -187,12 +187,13 @@ def select_windows(graph: Graph, positions: Tensor, targets: Tensor) -> Graph:
     """
     if positions.numel() == 0 or targets.shape != positions.shape:
         raise ValueError(f"positions, targets: expected equal shapes (M,), got {positions.shape}, {targets.shape}")
-    rows = positions if graph.inverse is None else graph.inverse[positions]
+    # index_select, not [..]: several times faster on a CPU, and this runs in every training step
+    rows = positions if graph.inverse is None else graph.inverse.index_select(0, positions)
     kept, inverse = torch.unique(rows, return_inverse=True)
     counts = torch.bincount(inverse, minlength=kept.numel()).double()
     taps: list[Tensor] = []
     for level in reversed(graph.taps):
-        kept, local = torch.unique(level[:, kept], return_inverse=True)
+        kept, local = torch.unique(level.index_select(1, kept), return_inverse=True)
         taps.insert(0, local)
     ones = torch.ones(targets.shape, dtype=torch.float64, device=targets.device)
     tokens = graph.tokens[kept]

@@ -53,13 +53,26 @@ MUTANTS = [
     Mutant("weights ignored in the mean", "functional", "(w * z).sum(0) / total", "z.mean(0)"),
     Mutant("weights ignored in the variance", "functional", "(w * deviation.square()).sum(0) / divisor", "z.var(0)"),
     Mutant("weights squared in the variance", "functional", "(w * deviation.square())", "((w * deviation).square())"),
-    Mutant("weights ignored in the backward pass", "functional", "mean = (w * z)", "mean = (w * z.detach())"),
     Mutant(
-        "no gradient through the variance",
-        "functional",
-        "weight * torch.rsqrt(var + eps))",
-        "weight * torch.rsqrt(var.detach() + eps))",
+        "weights ignored in the backward pass", "functional", "correction.mul_(weights.to(g.dtype)[:, None])", "pass"
     ),
+    Mutant(
+        "weights multiply the gradient too",
+        "functional",
+        "g.sub_(correction)",
+        "g.mul_(weights.to(g.dtype)[:, None] if weights is not None else 1).sub_(correction)",
+    ),
+    Mutant(
+        "no gradient through the mean", "functional", "torch.addcmul(dbeta / ctx.total,", "torch.addcmul(0 * dbeta,"
+    ),
+    Mutant("no gradient through the variance", "functional", "dgamma * rstd / ctx.divisor)", "0 * dgamma)"),
+    Mutant(
+        "biased for unbiased in the backward pass",
+        "functional",
+        "dgamma * rstd / ctx.divisor)",
+        "dgamma * rstd / ctx.total)",
+    ),
+    Mutant("derivative of tanh forgotten", "functional", "torch.ops.aten.tanh_backward(dh, h)", "dh.clone()"),
     Mutant("biased for unbiased", "functional", "total - 1 if unbiased else total\n", "total\n"),
     Mutant("unbiased for biased", "functional", "total - 1 if unbiased else total\n", "total - 1\n"),
     Mutant(
@@ -78,8 +91,8 @@ MUTANTS = [
     Mutant(
         "momentum of the wrong side", "functional", "running_var.dtype), momentum)", "running_var.dtype), 1 - momentum)"
     ),
-    Mutant("eps forgotten", "functional", "weight * torch.rsqrt(var + eps)", "weight * torch.rsqrt(var)"),
-    Mutant("eps outside the root", "functional", "weight * torch.rsqrt(var + eps)", "weight / (var.sqrt() + eps)"),
+    Mutant("eps forgotten", "functional", "rstd = torch.rsqrt(var + eps)", "rstd = torch.rsqrt(var)"),
+    Mutant("eps outside the root", "functional", "rstd = torch.rsqrt(var + eps)", "rstd = 1 / (var.sqrt() + eps)"),
     Mutant(
         "eps forgotten in evaluation",
         "functional",

@@ -185,6 +185,47 @@ def test_gradcheck_of_the_fused_layer(training: bool, rows: int) -> None:
     assert torch.autograd.gradcheck(layer, (make(6, 5), make(3, 5, 2), make(3), make(3)))
 
 
+@pytest.mark.parametrize("unbiased", [True, False])
+@pytest.mark.parametrize("weighted", [True, False])
+def test_the_closed_form_gradient_is_autograds(unbiased: bool, weighted: bool) -> None:
+    """conv_bn_tanh against its definition, tanh(batch_norm(gather_conv(x))), which torch differentiates."""
+    generator = torch.Generator().manual_seed(0)
+    taps = torch.randint(0, 30, (2, 200), generator=generator)
+    counts = torch.randint(0, 4, (200,), generator=generator).double() if weighted else None
+    results = []
+    for fused in (True, False):
+        generator.manual_seed(1)
+        x, weight, gamma, beta = (
+            torch.randn(*shape, dtype=torch.float64, generator=generator).requires_grad_()
+            for shape in ((30, 5), (27, 5, 2), (27,), (27,))
+        )
+        mean, var = torch.zeros(27, dtype=torch.float64), torch.ones(27, dtype=torch.float64)
+        options = {"training": True, "unbiased": unbiased}
+        if fused:
+            h = cw.conv_bn_tanh(x, weight, gamma, beta, mean, var, taps=taps, counts=counts, **options)
+        else:
+            z = functional.gather_conv(x, weight, taps)
+            h = functional.batch_norm(z, gamma, beta, mean, var, weights=counts, **options).tanh()
+        (h * torch.randn(200, 27, dtype=torch.float64, generator=generator)).sum().backward()
+        results.append([h.detach(), mean, var, x.grad, weight.grad, gamma.grad, beta.grad])
+    assert all(relative_error(a, b) < RELATIVE for a, b in zip(*results, strict=True))
+
+
+def test_torch_func_and_compile_see_the_same_gradient() -> None:
+    generator = torch.Generator().manual_seed(0)
+    taps = torch.randint(0, 9, (2, 40), generator=generator)
+    weight = torch.randn(6, 5, 2, dtype=torch.float64, generator=generator)
+    x = torch.randn(9, 5, dtype=torch.float64, generator=generator).requires_grad_()
+
+    def loss(x: torch.Tensor) -> torch.Tensor:
+        ones, zeros = torch.ones(6, dtype=torch.float64), torch.zeros(6, dtype=torch.float64)
+        h = cw.conv_bn_tanh(x, weight, ones, zeros, zeros.clone(), ones.clone(), taps=taps, training=True)
+        return h.square().sum()
+
+    loss(x).backward()
+    assert relative_error(torch.func.grad(loss)(x.detach()), x.grad) < RELATIVE
+
+
 def test_expanded_and_strided_inputs_and_gradients() -> None:
     generator = torch.Generator().manual_seed(0)
     taps = torch.randint(0, 9, (2, 12), generator=generator)
