@@ -43,15 +43,12 @@ def number(value: float | None, digits: int = 4) -> str:
 
 
 class ConsoleReporter(Reporter):
-    """Progress with loss, positions per second and time left.
-
-    Args:
-        every: seconds between two plain lines where standard error is not a terminal.
+    """Progress with loss, positions per second and time left: a bar, or where there is no terminal lines, every two
+    seconds at first, later after every twentieth of the time gone by.
     """
 
-    def __init__(self, every: float = 5.0) -> None:
+    def __init__(self) -> None:
         self.console = stderr()
-        self.every = every
         self.progress: Progress | None = None
         self.task: TaskID | None = None
 
@@ -83,7 +80,7 @@ class ConsoleReporter(Reporter):
         self.loss = loss if done == self.first + 1 else self.loss + 0.02 * (loss - self.loss)
         self.done = done
         now = time.perf_counter()
-        if now - self.shown < (0.1 if self.progress else self.every):
+        if now - self.shown < (0.1 if self.progress else max(2.0, 0.05 * (now - self.started))):
             return
         self.shown = now
         rate = self.positions / (now - self.started)
