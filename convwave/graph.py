@@ -183,10 +183,11 @@ def select_windows(graph: Graph, positions: Tensor, targets: Tensor) -> Graph:
         targets: (M,) int64 what each of them predicts.
 
     Returns:
-        A graph of kind "distinct"; its `inverse` maps the M draws to its top rows.
+        A graph of kind "distinct", on the device of `graph`; its `inverse` maps the M draws to its top rows.
     """
     if positions.numel() == 0 or targets.shape != positions.shape:
         raise ValueError(f"positions, targets: expected equal shapes (M,), got {positions.shape}, {targets.shape}")
+    positions, targets = positions.to(graph.tokens.device), targets.to(graph.tokens.device)
     # index_select, not [..]: several times faster on a CPU, and this runs in every training step
     rows = positions if graph.inverse is None else graph.inverse.index_select(0, positions)
     kept, inverse = torch.unique(rows, return_inverse=True)
