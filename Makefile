@@ -26,9 +26,16 @@ lint: $(READY)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-# The figures of the README, into benchmarks/results/ (about an hour).
+# Every figure of the README, into benchmarks/results/ and the README (half an hour; needs the post's names.txt).
 figures: $(READY)
 	$(BIN)/python -m benchmarks.figures all
+	$(BIN)/python -m benchmarks.equality
+	$(BIN)/convwave verify --out benchmarks/results
+	rm -rf runs/reproduce
+	$(BIN)/convwave reproduce
+	mkdir -p benchmarks/results/reproduce
+	cp runs/reproduce/reproduce.json runs/reproduce/reproduce.png benchmarks/results/reproduce/
+	$(BIN)/python -m benchmarks.readme
 
 clean:
 	rm -rf $(VENV) build *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis runs
