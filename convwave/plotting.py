@@ -68,15 +68,14 @@ def reproduction_plot(rows: Sequence[dict[str, object]], path: Path) -> None:
             left.plot([row["published_val"]], [y], "o", color=GREY, label="the post" if y == 0 else None)
         left.plot([row["val_loss"]], [y], "D", color=BLUE, label="obtained" if y == 0 else None)
     left.set(title="validation loss (nats)", yticks=list(places), yticklabels=names)
-    left.invert_yaxis()
-    left.legend(frameon=False)
+    left.legend(frameon=False, loc="lower right")
     seconds = [float(str(row["train_seconds"])) for row in rows]
     right.barh(list(places), seconds, color=[BLUE if row["published_val"] is None else GREY for row in rows])
     for y, value in zip(places, seconds, strict=True):
         right.annotate(f"{value:.1f} s", (value, y), xytext=(4, 0), textcoords="offset points", va="center")
     right.set(title="training time (s)", yticks=[], xlim=(0, max(seconds) * 1.25))
-    right.invert_yaxis()
     for axes in (left, right):
+        axes.set_ylim(len(rows) - 0.5, -0.5)  # the first row on top, both sides level
         axes.spines[["top", "right"]].set_visible(False)
     _save(figure, path)
 
