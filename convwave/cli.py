@@ -302,7 +302,7 @@ def _reproduce(args: argparse.Namespace) -> None:
         console.print(f"The post's figures are for names.txt; this used {words.source}: not comparable.")
     report = {
         "provenance": provenance(args.command_line),
-        "data": words.source,
+        "data": Path(words.source).name,
         "data_sha256": words.sha256,
         "rows": rows,
     }
@@ -370,7 +370,7 @@ def _verify(args: argparse.Namespace) -> int:
             name: {"config": model.config(), "weights_sha256": weights_sha256(model)}
             for name, model in networks.items()
         },
-        "data": words.source,
+        "data": Path(words.source).name,
         "data_sha256": words.sha256,
         "device": device_name(args.device),
         "backends": available_backends(),
