@@ -128,7 +128,7 @@ def figures() -> str:
         ],
         ["recipe `record`, training time", _timing(record["seconds"]), study("record")],
         [
-            "recipe `record`, validation / novel names / test (looked at once)",
+            "recipe `record`, validation / novel names / test (used for no choice)",
             " / ".join(_spread(record["losses"], split) for split in ("val", "novel_val", "test")),
             study("record"),
         ],
