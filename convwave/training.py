@@ -234,9 +234,7 @@ class ConvolutionRun:
         batch = self.config.batch
         if self.recipe.batch_of == "windows":
             positions = torch.randint(0, len(self.train), (batch,), generator=self.generator)
-            return select_windows(self._all(), positions, self.train.targets.index_select(0, positions)).to(
-                self.config.device
-            )
+            return select_windows(self._all(), positions, self.train.targets.index_select(0, positions))
         if self.recipe.token_noise:
             names = self._noisy(self.train.select(self._names(i, min(batch, self.train.num_words))))
             return distinct_graph(names, factors=self.config.factors).to(self.config.device)
@@ -255,8 +253,7 @@ class ConvolutionRun:
         return self._order[part * batch : (part + 1) * batch]
 
     def _noisy(self, names: Packed) -> Packed:
-        if not self.recipe.token_noise:
-            return names
+        """Names of which some letters read are replaced; what is to be predicted stays."""
         n = len(names)
         replace = torch.rand(n, generator=self.generator) < self.recipe.token_noise
         replace &= names.tokens != 0  # the opening 0 is what fills the context
