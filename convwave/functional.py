@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from convwave import eager, ops
-from convwave.graph import Consumers, Graph, Padding, dilated_taps
+from convwave.graph import Consumers, Graph, Padding, dilated_consumers, dilated_taps
 
 Layout = Literal["BTC", "BCT"]
 
@@ -78,12 +78,17 @@ def conv_bn_tanh(
     rows = x
     if x.ndim == 3:
         rows = (x.transpose(1, 2) if layout == "BCT" else x).reshape(-1, C)
+    consumers = []
+    triton = backend != "eager" and ops.choose_backend(backend) == "triton"
     if taps is None:
-        taps = dilated_taps(_first(x, layout, cu_seqlens), k, dilation, padding)
+        first, end = _spans(x, layout, cu_seqlens)
+        taps = dilated_taps(first, k, dilation, padding)
+        if triton and torch.is_grad_enabled():
+            consumers = [dilated_consumers(first, end, k, dilation, padding)]
     if counts is not None and counts.shape[0] != taps.shape[1]:
         raise ValueError(f"counts: expected {taps.shape[1]} numbers, one per output row, got {counts.shape[0]}")
     norm = (norm_weight, norm_bias, running_mean, running_var)
-    if backend != "eager" and ops.choose_backend(backend) == "triton":
+    if triton:
         h = conv_stack(
             rows,
             [weight],
@@ -96,6 +101,7 @@ def conv_bn_tanh(
             momentum=[momentum],
             eps=[eps],
             precision=precision,
+            consumers=consumers,
         )
     else:
         if padding == "zeros":  # -1 is read from a row of zeros
@@ -150,19 +156,31 @@ def _check_layer(
         raise ValueError("cu_seqlens: expected None together with taps")
     if taps is not None and (padding != "replicate" or dilation != 1):
         raise ValueError("padding, dilation: expected their defaults together with taps, which carry both out")
+    if cu_seqlens is not None and (cu_seqlens.ndim != 1 or cu_seqlens.numel() < 2):
+        raise ValueError(f"cu_seqlens: expected shape (B + 1,), B >= 1, got {tuple(cu_seqlens.shape)}")
+    if cu_seqlens is not None and not cu_seqlens.is_cuda and not torch.compiler.is_compiling():
+        begin, stop = cu_seqlens[[0, -1]].tolist()
+        if (begin, stop) != (0, x.shape[0]) or (cu_seqlens.diff() < 0).any():
+            raise ValueError(
+                f"cu_seqlens: expected to rise from 0 to {x.shape[0]}, the rows of x, got {begin} .. {stop}"
+            )
     if taps is not None and (taps.ndim != 2 or taps.shape[0] != k):
         raise ValueError(f"taps: expected shape ({k}, N), one row per tap of weight, got {tuple(taps.shape)}")
     return H, C, k
 
 
-def _first(x: Tensor, layout: Layout, cu_seqlens: Tensor | None) -> Tensor:
-    """(N,) the row at which each row's sequence begins."""
+def _spans(x: Tensor, layout: Layout, cu_seqlens: Tensor | None) -> tuple[Tensor, Tensor]:
+    """(N,), (N,) the row at which each row's sequence begins, and one past its last."""
     if cu_seqlens is not None:
-        return torch.repeat_interleave(cu_seqlens[:-1], cu_seqlens.diff(), output_size=x.shape[0])
+        bounds = torch.stack([cu_seqlens[:-1], cu_seqlens[1:]])
+        first, end = bounds.repeat_interleave(cu_seqlens.diff(), dim=1, output_size=x.shape[0])
+        return first, end
     if x.ndim == 2:
-        return torch.zeros(x.shape[0], dtype=torch.int64, device=x.device)
-    B, T = (x.shape[0], x.shape[2]) if layout == "BCT" else x.shape[:2]
-    return (torch.arange(B, device=x.device) * T).repeat_interleave(T, output_size=B * T)
+        B, T = 1, x.shape[0]
+    else:
+        B, T = (x.shape[0], x.shape[2]) if layout == "BCT" else x.shape[:2]
+    first = (torch.arange(B, device=x.device) * T).repeat_interleave(T, output_size=B * T)
+    return first, first + T
 
 
 def conv_stack(

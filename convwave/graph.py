@@ -342,6 +342,27 @@ def dilated_taps(first: Tensor, kernel_size: int, dilation: int, padding: Paddin
     return torch.stack(taps)
 
 
+def dilated_consumers(
+    first: Tensor, end: Tensor, kernel_size: int, dilation: int, padding: Padding = "replicate"
+) -> Consumers:
+    """`dilated_taps` the other way round, without a search.
+
+    Args:
+        first, end: (N,) int64 the row at which each row's sequence begins, and one past its last.
+        padding: see `dilated_taps`.
+    """
+    index = torch.arange(first.shape[0], device=first.device)
+    ranges = []
+    for back in range((kernel_size - 1) * dilation, -1, -dilation):
+        stop = torch.minimum(index + back + 1, end)
+        begin = torch.minimum(index + back, stop)
+        if padding == "replicate":  # the first row stands for all that lies before it
+            begin = torch.where(index == first, first, begin)
+        ranges.append(torch.stack([begin, stop]))
+    most = (kernel_size - 1) * dilation + 1 if padding == "replicate" else 1
+    return Consumers(torch.stack(ranges, 1), first.new_empty(0), most)
+
+
 def _dense_taps(packed: Packed, factors: Sequence[int]) -> list[Tensor]:
     first = _first(packed)
     return [dilated_taps(first, factor, math.prod(factors[:level])) for level, factor in enumerate(factors)]

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from typing import TypeVar
+
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 import convwave as cw
 from convwave import reference
 
+Module = TypeVar("Module", bound=nn.Module)
 GRAPHS = [cw.windowed_graph, cw.dense_graph, cw.distinct_graph]
 # DESIGN.md's contract for float64: 1e-10 relative. Sums of some 1e4 terms of size 1 round to about 1e-14.
 RELATIVE = 1e-10
@@ -34,6 +37,16 @@ def randomize(mlp: reference.Sequential, seed: int) -> reference.Sequential:
         norm.running_mean = norm.running_mean + torch.randn(norm.running_mean.shape, generator=generator)
         norm.running_var = norm.running_var * (0.5 + torch.rand(norm.running_var.shape, generator=generator))
     return mlp
+
+
+@torch.no_grad()
+def disturb(module: Module, seed: int) -> Module:
+    """The same for a module of the library."""
+    generator = torch.Generator().manual_seed(seed)
+    for name, tensor in module.state_dict().items():
+        draw = torch.rand(tensor.shape, generator=generator)
+        tensor.mul_(0.5 + draw) if name.endswith("var") else tensor.add_(draw - 0.5)
+    return module
 
 
 @torch.no_grad()

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 import convwave as cw
 from convwave import reference
+from convwave.graph import Consumers, dilated_consumers, dilated_taps
 from tests.helpers import GRAPHS, RELATIVE, per_position, relative_error
 
 some_ids = st.lists(st.lists(st.integers(1, 3), max_size=20), min_size=1, max_size=8)
@@ -47,6 +48,46 @@ def test_weights_count_the_windows_that_contain_a_row(make, ids, factors, data) 
         )
         assert graph.totals[level] == visits.numel()
         visits = graph.taps[level][:, visits].flatten()
+
+
+def readers(consumers: Consumers) -> list[list[list[int]]]:
+    """For each tap and row below, who reads it."""
+    begins, ends = consumers.ranges.tolist()
+    lists = []
+    for j, bounds in enumerate(zip(begins, ends, strict=True)):
+        order = consumers.order[j].tolist() if consumers.order.numel() else range(10**9)
+        lists.append([list(order[begin:end]) for begin, end in zip(*bounds, strict=True)])
+    return lists
+
+
+@pytest.mark.parametrize("make", GRAPHS)
+@given(ids=some_ids, factors=some_factors)
+def test_consumers_are_the_taps_the_other_way_round(make, ids: list[list[int]], factors: tuple[int, ...]) -> None:
+    graph = make(cw.pack_ids(ids), factors=factors)
+    rows_below = [graph.tokens.numel(), *(w.numel() for w in graph.weights)]
+    for taps, below, consumers in zip(graph.taps, rows_below, graph.consumers, strict=False):
+        found = readers(consumers)
+        assert [len(found), len(found[0])] == [len(taps), below]
+        for tap, of_tap in zip(taps.tolist(), found, strict=True):
+            assert of_tap == [[n for n, row in enumerate(tap) if row == r] for r in range(below)]
+            assert consumers.most == 0 or max(map(len, of_tap)) <= consumers.most
+
+
+@given(
+    lengths=st.lists(st.integers(0, 12), min_size=1, max_size=6),
+    kernel_size=st.integers(1, 4),
+    dilation=st.integers(1, 5),
+    padding=st.sampled_from(["replicate", "zeros"]),
+)
+def test_consumers_of_a_dilated_convolution(lengths: list[int], kernel_size: int, dilation: int, padding) -> None:
+    sizes = torch.tensor(lengths)
+    end = sizes.cumsum(0).repeat_interleave(sizes)
+    first = (sizes.cumsum(0) - sizes).repeat_interleave(sizes)
+    taps = dilated_taps(first, kernel_size, dilation, padding)
+    consumers = dilated_consumers(first, end, kernel_size, dilation, padding)
+    for tap, of_tap in zip(taps.tolist(), readers(consumers), strict=True):
+        assert of_tap == [[n for n, row in enumerate(tap) if row == r] for r in range(len(first))]
+        assert max(map(len, of_tap), default=0) <= consumers.most
 
 
 @given(ids=some_ids, factors=some_factors)

@@ -1,0 +1,274 @@
+"""Registers, spills and shared memory of every kernel as it is shipped, compiled ahead of time: no GPU needed.
+
+    python -m benchmarks.kernel_resources                    all configurations, into results/kernel_resources.json
+    python -m benchmarks.kernel_resources --width 68 --target sm_90
+
+The launchers themselves are run, on tensors without storage, and what they would have launched is compiled: so the
+table cannot disagree with the library. On sm_80 and sm_90 the figures are those of ``cuobjdump`` and ``nvdisasm``, on
+gfx942 those that LLVM writes into the assembly.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+if os.environ.get("TRITON_INTERPRET") == "1":
+    sys.exit("kernel_resources: TRITON_INTERPRET=1 is set: the interpreter compiles nothing, unset it")
+
+import torch
+import triton
+from convwave.kernels import stack
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from triton.runtime.jit import JITFunction
+
+from convwave.graph import Consumers
+from convwave.provenance import provenance
+
+RESULTS = Path(__file__).parent / "results/kernel_resources.json"
+WIDTHS = ((10, 68), (68, 68), (24, 27), (128, 128), (256, 256), (512, 512), (1024, 1024))
+ROWS = 2**20
+
+
+class Target(NamedTuple):
+    """A kind of GPU.
+
+    Attributes:
+        triton: as triton names it.
+        shared: bytes of shared memory that one program can have.
+        precisions: what it multiplies in.
+        matrix: the instructions of its matrix units.
+    """
+
+    triton: GPUTarget
+    shared: int
+    precisions: tuple[str, ...]
+    matrix: tuple[str, ...]
+
+
+TARGETS = {
+    "sm_80": Target(GPUTarget("cuda", 80, 32), 163 * 1024, ("ieee", "tf32x3", "tf32", "bf16", "fp16"), ("HMMA",)),
+    "sm_90": Target(
+        GPUTarget("cuda", 90, 32), 227 * 1024, ("ieee", "tf32x3", "tf32", "bf16", "fp16"), ("HGMMA", "HMMA")
+    ),
+    "gfx942": Target(GPUTarget("hip", "gfx942", 64), 64 * 1024, ("ieee", "bf16", "fp16"), ("v_mfma",)),
+}
+
+
+class Recorded(NamedTuple):
+    """A launch that did not take place."""
+
+    kernel: Any
+    arguments: dict[str, Any]
+    options: dict[str, int]
+
+    @property
+    def name(self) -> str:
+        return self.kernel.fn.__name__.removesuffix("_kernel")
+
+
+class Resources(NamedTuple):
+    """What a compiled kernel needs.
+
+    Attributes:
+        registers: of a thread.
+        spilled: bytes of a thread's stack: registers that had to go to memory.
+        shared: bytes of a program.
+        matrix: instructions for matrix units in the code.
+    """
+
+    registers: int
+    spilled: int
+    shared: int
+    matrix: int
+
+
+@contextmanager
+def recording() -> Iterator[list[Recorded]]:
+    """Collect launches instead of carrying them out."""
+    launches: list[Recorded] = []
+
+    def run(self: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
+        arguments = dict(zip(self.arg_names, args, strict=False))
+        arguments |= {name: value for name, value in kwargs.items() if name in self.arg_names}
+        options = {name: value for name, value in kwargs.items() if name in ("num_warps", "num_stages")}
+        launches.append(Recorded(self, arguments, options))
+
+    plain = JITFunction.run
+    JITFunction.run = run
+    try:
+        yield launches
+    finally:
+        JITFunction.run = plain
+
+
+def stack_launches(C: int, H: int, precision: str) -> list[Recorded]:
+    """Every kernel that a stack of two levels, (C, H) and (H, H), launches: training, inference, backward.
+
+    Args:
+        C, H: channels.
+        precision: "ieee", "tf32x3" or "tf32" of float32, or a storage dtype, "bf16" or "fp16".
+    """
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision, torch.float32)
+    multiplied = precision if dtype == torch.float32 else "ieee"
+
+    def empty(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    weights = [empty(H, C, 2), empty(H, H, 2)]
+    vectors = [empty(H), empty(H)]
+    taps = [empty(2, ROWS, dtype=torch.int64)] * 2
+    counts = [empty(ROWS, dtype=torch.float64)] * 2
+    x, dh = empty(ROWS, C, dtype=dtype), empty(ROWS, H, dtype=dtype)
+    eps = [1e-5] * 2
+    ranges = empty(2, 2, ROWS, dtype=torch.int64)
+    with recording() as launches:
+        _, zs, stats = stack.stack_forward(x, weights, vectors, vectors, [], taps, counts, eps, True, multiplied)
+        stack.stack_inference(x, weights, vectors, vectors, stats, taps, eps, multiplied)
+        # a dense graph: each row is read by few; a distinct one: in the order of its rows, by very many
+        for order, most in ((empty(0, dtype=torch.int64), 2), (empty(2, ROWS, dtype=torch.int64), 10**6)):
+            consumers = [Consumers(ranges, order, most)] * 2
+            stack.stack_backward(
+                dh, x, weights, vectors, zs, stats, taps, counts, True, True, multiplied, consumers
+            )  # fmt: skip
+    return launches
+
+
+_TYPES = {
+    torch.float32: "*fp32", torch.float64: "*fp64", torch.bfloat16: "*bf16", torch.float16: "*fp16",
+    torch.int64: "*i64", torch.int32: "*i32",
+}  # fmt: skip
+
+
+def compile_launch(launch: Recorded, target: GPUTarget) -> Any:
+    """Compile a launch for a target, as triton would: tensors aligned to 16 bytes, other numbers anything."""
+    signature: dict[str, str] = {}
+    constants: dict[str, Any] = {}
+    attributes: dict[tuple[int], list[list[Any]]] = {}
+    for position, parameter in enumerate(launch.kernel.params):
+        value = launch.arguments[parameter.name]
+        if parameter.is_constexpr:
+            signature[parameter.name], constants[parameter.name] = "constexpr", value
+        elif isinstance(value, torch.Tensor):
+            signature[parameter.name] = _TYPES[value.dtype]
+            attributes[(position,)] = [["tt.divisibility", 16]]
+        else:
+            signature[parameter.name] = "fp32" if isinstance(value, float) else "i32"
+    source = ASTSource(launch.kernel, signature, constants, attributes)
+    return triton.compile(source, target=target, options=dict(launch.options))
+
+
+def resources(compiled: Any, target: Target) -> Resources:
+    """Read a compiled kernel's needs out of its code."""
+    if "cubin" not in compiled.asm:
+        text = compiled.asm["amdgcn"]
+        registers = re.findall(r"\.vgpr_count:\s+(\d+)", text)
+        spilled = re.findall(r"\.private_segment_fixed_size:\s+(\d+)", text)
+    else:
+        tools = Path(triton.__file__).parent / "backends/nvidia/bin"
+        with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+            file.write(compiled.asm["cubin"])
+            file.flush()
+            usage = _output([str(tools / "cuobjdump"), "--dump-resource-usage", file.name])
+            text = _output([str(tools / "nvdisasm"), "-c", file.name])
+        registers = re.findall(r"REG:(\d+)", usage)
+        spilled = re.findall(r"STACK:(\d+)", usage)
+    matrix = len(re.findall(rf"\b(?:{'|'.join(target.matrix)})", text))
+    return Resources(int(registers[0]), int(spilled[0]), compiled.metadata.shared, matrix)
+
+
+def _output(command: list[str]) -> str:
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
+def table(
+    targets: Sequence[str],
+    widths: Sequence[tuple[int, int]],
+    precisions: Sequence[str] | None = None,
+    report: Callable[[dict[str, Any]], None] = lambda row: None,
+) -> list[dict[str, Any]]:
+    """A row for each different kernel, width, precision and target."""
+    rows: list[dict[str, Any]] = []
+    seen: set[tuple[Any, ...]] = set()
+    for target_name in targets:
+        target = TARGETS[target_name]
+        for C, H in widths:
+            for precision in target.precisions:
+                if precisions is not None and precision not in precisions:
+                    continue
+                for launch in stack_launches(C, H, precision):
+                    key = (target_name, launch.name, *_key(launch))
+                    if key in seen:
+                        continue
+                    seen.add(key)
+                    compiled = compile_launch(launch, target.triton)
+                    row = _row(target_name, launch, precision) | resources(compiled, target)._asdict()
+                    rows.append(row)
+                    report(row)
+    return rows
+
+
+def _key(launch: Recorded) -> tuple[Any, ...]:
+    return tuple(
+        (name, str(value.dtype) if isinstance(value, torch.Tensor) else value)
+        for name, value in launch.arguments.items()
+    )
+
+
+_TILES = ("BT", "BR", "BC", "BH")
+_FLAGS = ("PROLOGUE", "STATISTICS", "ACTIVATE", "ORDER", "BLOCKS", "FUSED")
+
+
+def _row(target: str, launch: Recorded, precision: str) -> dict[str, Any]:
+    a = launch.arguments
+    return {
+        "target": target,
+        "kernel": launch.name,
+        "C": a["C"] if "C" in a else a["H"],
+        "H": a["H"] if "H" in a else a["C"],
+        "precision": precision,
+        "variant": " ".join(flag.lower() for flag in _FLAGS if a.get(flag)),
+        "tile": " x ".join(str(a[name]) for name in _TILES if name in a),
+        "warps": launch.options.get("num_warps", 4),
+        "stages": launch.options.get("num_stages", 3),
+    }
+
+
+def line(row: dict[str, Any]) -> str:
+    """One row of the table on the terminal."""
+    return (
+        f"{row['target']:7} {row['kernel']:19} {row['C']:5} -> {row['H']:<5} {row['precision']:7} {row['tile']:14} "
+        f"{row['warps']:2} warps {row['registers']:4} registers {row['spilled']:5} B spilled {row['shared']:7} B shared "
+        f"{row['matrix']:4} matrix  {row['variant']}"
+    )
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.kernel_resources", description=__doc__.split("\n")[0])
+    parser.add_argument("--target", choices=sorted(TARGETS), action="append", help="default: all")
+    parser.add_argument("--width", type=int, action="append", metavar="C", help="levels of C to C channels only")
+    parser.add_argument("--precision", action="append", choices=TARGETS["sm_90"].precisions, help="default: all")
+    parser.add_argument("--out", type=Path, help="write the rows as JSON (default: results/, if all are made)")
+    args = parser.parse_args(arguments)
+    partial = args.target or args.width or args.precision
+    widths = [(c, c) for c in args.width] if args.width else WIDTHS
+    rows = table(args.target or list(TARGETS), widths, args.precision, lambda row: print(line(row), flush=True))
+    out = args.out or (None if partial else RESULTS)
+    if out is not None:
+        document = {"provenance": provenance(), "triton": triton.__version__, "rows": rows}
+        out.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
