@@ -17,7 +17,7 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -27,7 +27,7 @@ if os.environ.get("TRITON_INTERPRET") == "1":
 
 import torch
 import triton
-from convwave.kernels import stack
+from convwave.kernels import configs, stack
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
@@ -94,8 +94,8 @@ class Resources(NamedTuple):
 
 
 @contextmanager
-def recording() -> Iterator[list[Recorded]]:
-    """Collect launches instead of carrying them out."""
+def recording(target: str) -> Iterator[list[Recorded]]:
+    """Collect launches, as for a target, instead of carrying them out."""
     launches: list[Recorded] = []
 
     def run(self: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
@@ -104,20 +104,21 @@ def recording() -> Iterator[list[Recorded]]:
         options = {name: value for name, value in kwargs.items() if name in ("num_warps", "num_stages")}
         launches.append(Recorded(self, arguments, options))
 
-    plain = JITFunction.run
-    JITFunction.run = run
+    plain = JITFunction.run, configs.has_wgmma
+    JITFunction.run, configs.has_wgmma = run, lambda device: target == "sm_90"  # type: ignore[assignment]
     try:
         yield launches
     finally:
-        JITFunction.run = plain
+        JITFunction.run, configs.has_wgmma = plain  # type: ignore[assignment]
 
 
-def stack_launches(C: int, H: int, precision: str) -> list[Recorded]:
+def stack_launches(C: int, H: int, precision: str, target: str) -> list[Recorded]:
     """Every kernel that a stack of two levels, (C, H) and (H, H), launches: training, inference, backward.
 
     Args:
         C, H: channels.
         precision: "ieee", "tf32x3" or "tf32" of float32, or a storage dtype, "bf16" or "fp16".
+        target: in `TARGETS`.
     """
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision, torch.float32)
     multiplied = precision if dtype == torch.float32 else "ieee"
@@ -132,7 +133,7 @@ def stack_launches(C: int, H: int, precision: str) -> list[Recorded]:
     x, dh = empty(ROWS, C, dtype=dtype), empty(ROWS, H, dtype=dtype)
     eps = [1e-5] * 2
     ranges = empty(2, 2, ROWS, dtype=torch.int64)
-    with recording() as launches:
+    with recording(target) as launches:
         _, zs, stats = stack.stack_forward(x, weights, vectors, vectors, [], taps, counts, eps, True, multiplied)
         stack.stack_inference(x, weights, vectors, vectors, stats, taps, eps, multiplied)
         # a dense graph: each row is read by few; a distinct one: in the order of its rows, by very many
@@ -191,31 +192,21 @@ def _output(command: list[str]) -> str:
     return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
 
-def table(
-    targets: Sequence[str],
-    widths: Sequence[tuple[int, int]],
-    precisions: Sequence[str] | None = None,
-    report: Callable[[dict[str, Any]], None] = lambda row: None,
-) -> list[dict[str, Any]]:
-    """A row for each different kernel, width, precision and target."""
-    rows: list[dict[str, Any]] = []
+def plan(
+    targets: Sequence[str], widths: Sequence[tuple[int, int]], precisions: Sequence[str] | None = None
+) -> Iterator[tuple[dict[str, Any], Recorded]]:
+    """Each different kernel, width, precision and target: what the table says of it before it is compiled."""
     seen: set[tuple[Any, ...]] = set()
-    for target_name in targets:
-        target = TARGETS[target_name]
+    for target in targets:
         for C, H in widths:
-            for precision in target.precisions:
+            for precision in TARGETS[target].precisions:
                 if precisions is not None and precision not in precisions:
                     continue
-                for launch in stack_launches(C, H, precision):
-                    key = (target_name, launch.name, *_key(launch))
-                    if key in seen:
-                        continue
-                    seen.add(key)
-                    compiled = compile_launch(launch, target.triton)
-                    row = _row(target_name, launch, precision) | resources(compiled, target)._asdict()
-                    rows.append(row)
-                    report(row)
-    return rows
+                for launch in stack_launches(C, H, precision, target):
+                    key = (target, launch.name, *_key(launch))
+                    if key not in seen:
+                        seen.add(key)
+                        yield _row(target, launch, precision), launch
 
 
 def _key(launch: Recorded) -> tuple[Any, ...]:
@@ -248,8 +239,8 @@ def line(row: dict[str, Any]) -> str:
     """One row of the table on the terminal."""
     return (
         f"{row['target']:7} {row['kernel']:19} {row['C']:5} -> {row['H']:<5} {row['precision']:7} {row['tile']:14} "
-        f"{row['warps']:2} warps {row['registers']:4} registers {row['spilled']:5} B spilled {row['shared']:7} B shared "
-        f"{row['matrix']:4} matrix  {row['variant']}"
+        f"{row['warps']:2} warps {row['registers']:4} registers {row['spilled']:5} B spilled "
+        f"{row['shared']:7} B shared {row['matrix']:4} matrix  {row['variant']}"
     )
 
 
@@ -258,11 +249,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--target", choices=sorted(TARGETS), action="append", help="default: all")
     parser.add_argument("--width", type=int, action="append", metavar="C", help="levels of C to C channels only")
     parser.add_argument("--precision", action="append", choices=TARGETS["sm_90"].precisions, help="default: all")
+    parser.add_argument("--kernel", action="append", help="default: all")
     parser.add_argument("--out", type=Path, help="write the rows as JSON (default: results/, if all are made)")
     args = parser.parse_args(arguments)
-    partial = args.target or args.width or args.precision
+    partial = args.target or args.width or args.precision or args.kernel
     widths = [(c, c) for c in args.width] if args.width else WIDTHS
-    rows = table(args.target or list(TARGETS), widths, args.precision, lambda row: print(line(row), flush=True))
+    rows = []
+    for row, launch in plan(args.target or list(TARGETS), widths, args.precision):
+        if args.kernel and row["kernel"] not in args.kernel:
+            continue
+        target = TARGETS[row["target"]]
+        row |= resources(compile_launch(launch, target.triton), target)._asdict()
+        rows.append(row)
+        print(line(row), flush=True)
     out = args.out or (None if partial else RESULTS)
     if out is not None:
         document = {"provenance": provenance(), "triton": triton.__version__, "rows": rows}

@@ -1,8 +1,8 @@
 """The layer, the stack and the loss as functions: checked arguments in, the chosen backend behind.
 
-Backends: "eager" is plain PyTorch (`convwave.eager`); "triton" is one op a call (`convwave.ops`), which runs the fused
-kernels on CUDA tensors of float32, bfloat16 and float16, and plain PyTorch on others; "auto" is "triton" where there is
-a CUDA device.
+Backends: "eager" is plain PyTorch (`convwave.eager`); "triton" is one op a call (`convwave.ops`), the fused kernels for
+CUDA tensors of float32, bfloat16 and float16 (others are computed in plain PyTorch all the same); "auto" is "triton"
+where there is a CUDA device.
 """
 
 from __future__ import annotations
@@ -79,7 +79,7 @@ def conv_bn_tanh(
     if x.ndim == 3:
         rows = (x.transpose(1, 2) if layout == "BCT" else x).reshape(-1, C)
     consumers = []
-    triton = backend != "eager" and ops.choose_backend(backend) == "triton"
+    triton = backend != "eager" and ops.choose_backend(backend) == "triton" and ops.runs_kernels(x)
     if taps is None:
         first, end = _spans(x, layout, cu_seqlens)
         taps = dilated_taps(first, k, dilation, padding)

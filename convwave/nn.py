@@ -17,7 +17,7 @@ from convwave import eager, functional
 from convwave.data import Vocabulary
 from convwave.functional import Layout
 from convwave.graph import Graph, Padding
-from convwave.ops import PRECISIONS, choose_backend
+from convwave.ops import PRECISIONS, choose_backend, runs_kernels
 
 Statistics = Literal["windows", "positions"]
 _T = TypeVar("_T", int, float)
@@ -251,6 +251,13 @@ class ConvWave(nn.Module):
             self.head.weight.normal_(std=0.1 * widths[-1] ** -0.5)
             self.head.bias.zero_()
 
+    def use(self, backend: str, precision: str = "auto") -> ConvWave:
+        """Choose another backend and precision, for all levels; returns self."""
+        self.backend, self.precision = choose_backend(backend), _check_precision(precision)
+        for block in self.layers:
+            block.backend, block.precision = self.backend, precision
+        return self
+
     @property
     def layers(self) -> list[ConvBatchNormTanh]:
         """The blocks from the bottom up, typed."""
@@ -289,7 +296,7 @@ class ConvWave(nn.Module):
     def features(self, h: Tensor, graph: Graph) -> Tensor:
         """The stack by itself: bottom activations (N_0, n_embd) -> top activations (graph.num_rows, H)."""
         counted = self.statistics == "windows"
-        if self.backend == "eager":
+        if self.backend == "eager" or not runs_kernels(h):
             for block, taps, weights, total in zip(self.layers, graph.taps, graph.weights, graph.totals, strict=True):
                 h = block(h, taps, weights, total) if counted else block(h, taps)
             return h

@@ -57,11 +57,13 @@ def _why_not_triton() -> str:
     return ""
 
 
+@torch.compiler.assume_constant_result
 def _interpreting() -> bool:
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
-def _runs_kernels(x: Tensor) -> bool:
+def runs_kernels(x: Tensor) -> bool:
+    """Whether the ops compute with kernels where `x` is: on a CUDA device (or in the interpreter), not in float64."""
     return x.dtype != torch.float64 and (x.is_cuda or (x.device.type == "cpu" and _interpreting()))
 
 
@@ -94,7 +96,7 @@ def _stack_forward(
     unbiased: bool,
     precision: str,
 ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
-    if _runs_kernels(x):
+    if runs_kernels(x):
         from convwave.kernels import stack
 
         h, zs, stats = stack.stack_forward(x, weights, gammas, betas, fixed, taps, counts, eps, unbiased, precision)
@@ -114,7 +116,7 @@ def _stack_inference(
     eps: list[float],
     precision: str,
 ) -> Tensor:
-    if _runs_kernels(x):
+    if runs_kernels(x):
         from convwave.kernels import stack
 
         return stack.stack_inference(x, weights, gammas, betas, fixed, taps, eps, precision)
@@ -138,7 +140,7 @@ def _stack_backward(
     needs_dx: bool,
     precision: str,
 ) -> tuple[Tensor, list[Tensor], list[Tensor], list[Tensor]]:
-    if _runs_kernels(x):
+    if runs_kernels(x):
         from convwave.kernels import stack
 
         consumers = [Consumers(*c) for c in zip(ranges, orders, most, strict=True)]

@@ -4,7 +4,8 @@ The windowed network of `reference`, in float64, is the truth. Every other way t
 dense and distinct graphs, cached generation; float64 and float32) is compared with it. Bounds are derived:
 
 - float64: 1e-10 of the largest value, the contract (rounding alone stays below 1e-13 on names);
-- float32: four times the error that the windowed network itself makes in float32, against the same truth;
+- float32: four times the error that the windowed network itself makes in float32, against the same truth; on a CUDA
+  device the fused kernels have to keep it too, in every precision that claims to be float32;
 - trajectory: 1e-9 after 1,000 steps, over which rounding grows;
 - causality: exactly 0.
 """
@@ -18,7 +19,7 @@ import random
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -30,6 +31,7 @@ from convwave.data import Packed, Splits, Vocabulary, pack, pack_ids
 from convwave.generation import GenerationCache
 from convwave.graph import Graph, dense_graph, distinct_graph, select_windows, windowed_graph
 from convwave.nn import ConvWave
+from convwave.ops import available_backends
 from convwave.training import threads
 
 GRAPHS: dict[str, Callable[..., Graph]] = {
@@ -43,6 +45,22 @@ TRAJECTORY = 1e-9
 MOST_TOKENS = 2**16
 # the most that are evaluated in all: names.txt at context 8 has 1.8 million
 ALL_TOKENS = 2**22
+
+
+class Arithmetic(NamedTuple):
+    """How a network is evaluated: `ConvWave`'s backend and precision, and the dtype of its parameters."""
+
+    dtype: torch.dtype
+    backend: str = "eager"
+    precision: str = "auto"
+
+    def __str__(self) -> str:
+        short = {torch.float64: "f64", torch.float32: "f32"}[self.dtype]
+        return short if self.backend == "eager" else f"{short} kernels {self.precision}"
+
+
+PLAIN = (Arithmetic(torch.float64), Arithmetic(torch.float32))
+KERNELS = tuple(Arithmetic(torch.float32, "triton", precision) for precision in ("ieee", "tf32x3"))
 
 
 @dataclass(frozen=True)
@@ -86,6 +104,7 @@ def verify(
     device: torch.device | str = "cpu",
     seed: int = 0,
     trajectory_steps: int = 1000,
+    kernels: Sequence[Arithmetic] | None = None,
 ) -> Iterator[Check]:
     """Run all checks on one network, one after another.
 
@@ -96,6 +115,7 @@ def verify(
         device: where the convolution is evaluated; the truth is computed on the CPU.
         seed: of the random batches.
         trajectory_steps: steps of the post's recipe to follow.
+        kernels: how the kernels are asked to compute; None means `KERNELS` on a CUDA device with triton, else nothing.
 
     Yields:
         Checks, the failed ones included.
@@ -103,7 +123,10 @@ def verify(
     Raises:
         ConversionError: a network that has no windowed counterpart.
     """
-    verifier = _Verifier(model, splits, vocabulary, network, torch.device(device), seed)
+    device = torch.device(device)
+    if kernels is None:
+        kernels = KERNELS if device.type == "cuda" and "triton" in available_backends() else ()
+    verifier = _Verifier(model, splits, vocabulary, network, device, seed, [*PLAIN, *kernels])
     yield from verifier.evaluation()
     yield from verifier.training()
     yield from verifier.generation()
@@ -122,8 +145,16 @@ def weights_sha256(model: ConvWave) -> str:
 
 class _Verifier:
     def __init__(
-        self, model: ConvWave, splits: Splits, vocabulary: Vocabulary, network: str, device: torch.device, seed: int
+        self,
+        model: ConvWave,
+        splits: Splits,
+        vocabulary: Vocabulary,
+        network: str,
+        device: torch.device,
+        seed: int,
+        arithmetics: Sequence[Arithmetic],
     ) -> None:
+        self.arithmetics = arithmetics
         self.model, self.splits, self.vocabulary = model, splits, vocabulary
         self.suffix = f" ({network})" if network else ""
         self.device = device
@@ -138,16 +169,17 @@ class _Verifier:
 
     def evaluation(self) -> Iterator[Check]:
         packed = self.evaluated
-        for dtype in (torch.float64, torch.float32):
+        for arithmetic in self.arithmetics:
+            dtype = arithmetic.dtype
             expected, bound = self._truth(dtype)
-            model = self._model(dtype).eval()
+            model = self._model(arithmetic).eval()
             for kind, make in GRAPHS.items():
                 if kind == "distinct":
                     got = self._logits(make(packed, factors=model.factors), model)
                 else:
                     got = _in_chunks(packed, model.context, partial(self._logits_of, make, model))
                 yield self._check(
-                    f"logits, evaluation, {kind}, {_short(dtype)}",
+                    f"logits, evaluation, {kind}, {arithmetic}",
                     f"{len(packed):,} positions{self.part}, {kind} graph with the windowed network",
                     got,
                     expected,
@@ -185,12 +217,13 @@ class _Verifier:
         )
         counts = torch.randint(0, 4, (len(packed),), generator=self.generator)
         counts[:2] += 1
-        for dtype in (torch.float64, torch.float32):
+        for arithmetic in self.arithmetics:
             for title, weights in (("once each", None), ("random counts", counts)):
-                yield from self._training(dtype, packed, title, weights)
-            yield from self._statistics(dtype, packed)
+                yield from self._training(arithmetic, packed, title, weights)
+            yield from self._statistics(arithmetic, packed)
 
-    def _training(self, dtype: torch.dtype, packed: Packed, title: str, counts: Tensor | None) -> Iterator[Check]:
+    def _training(self, arithmetic: Arithmetic, packed: Packed, title: str, counts: Tensor | None) -> Iterator[Check]:
+        dtype = arithmetic.dtype
         truth, own = self._references(dtype)
         expected, expected_loss, expected_gradients = _windowed_step(truth.train(), packed, counts)
         bounds = dict.fromkeys(("logits", "loss", "gradients"), CONTRACT)
@@ -204,16 +237,16 @@ class _Verifier:
             }
         rows = _rows(len(packed), counts)
         for kind, make in GRAPHS.items():
-            model = self._model(dtype).train()
+            model = self._model(arithmetic).train()
             graph = make(packed, factors=model.factors, counts=counts).to(self.device)
             logits = model(graph)
             loss = functional.loss(logits, graph)
             loss.backward()
             got = _per_position(logits, graph).detach().cpu()[rows]
-            where = f"{kind}, {title}, {_short(dtype)}"
+            where = f"{kind}, {title}, {arithmetic}"
 
             text = f"{len(rows):,} windows {title}, {kind} graph with the windowed network"
-            locate = partial(self._locate, make, packed, self._model(dtype).train(), counts)
+            locate = partial(self._locate, make, packed, self._model(arithmetic).train(), counts)
             yield self._check(f"logits, training, {where}", text, got, expected, bounds["logits"], dtype, locate)
             yield self._check(
                 f"loss, training, {where}", text, loss.detach().cpu(), expected_loss, bounds["loss"], dtype
@@ -228,8 +261,9 @@ class _Verifier:
                 dtype,
             )
 
-    def _statistics(self, dtype: torch.dtype, packed: Packed, steps: int = 5) -> Iterator[Check]:
+    def _statistics(self, arithmetic: Arithmetic, packed: Packed, steps: int = 5) -> Iterator[Check]:
         """Running mean and variance after several steps of the post's SGD on the whole batch."""
+        dtype = arithmetic.dtype
 
         def run_windowed(mlp: reference.Sequential) -> list[Tensor]:
             windows = reference.build_windows(packed, mlp.block_size)
@@ -243,7 +277,7 @@ class _Verifier:
         if dtype != torch.float64:
             bound = _float32_bound(max(_relative(a, b) for a, b in zip(run_windowed(own), expected, strict=True)))
         for kind, make in GRAPHS.items():
-            model = self._model(dtype).train()
+            model = self._model(arithmetic).train()
             graph = make(packed, factors=model.factors).to(self.device)
             optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
             for _ in range(steps):
@@ -255,7 +289,7 @@ class _Verifier:
                 for i, name in enumerate(("running_mean", "running_var")):
                     pairs[f"level {level} {name}"] = (getattr(block.norm, name).cpu(), expected[2 * level + i])
             yield self._tensors(
-                f"running statistics, {kind}, {_short(dtype)}",
+                f"running statistics, {kind}, {arithmetic}",
                 f"after {steps} SGD steps on {len(packed):,} windows, {kind} graph with the windowed network",
                 pairs,
                 bound,
@@ -275,14 +309,15 @@ class _Verifier:
         inside = columns < lengths[:, None]  # (B, T)
         tokens = torch.zeros(inside.shape, dtype=torch.int64)
         tokens[inside] = packed.tokens[first:]
-        for dtype in (torch.float64, torch.float32):
+        for arithmetic in PLAIN:  # the cache has no kernels of its own
+            dtype = arithmetic.dtype
             expected, bound = self._truth(dtype)
-            cache = GenerationCache(self._model(dtype).eval(), len(words))
+            cache = GenerationCache(self._model(arithmetic).eval(), len(words))
             cut = max(1, len(columns) // 3)  # in two calls, as a prefix and a continuation
             placed = tokens.to(self.device)
             got = torch.cat([cache.extend(placed[:, :cut]), cache.extend(placed[:, cut:])], dim=1).cpu()
             yield self._check(
-                f"cached generation, {_short(dtype)}",
+                f"cached generation, {arithmetic}",
                 f"{len(packed) - first:,} positions read letter by letter, with the windowed network",
                 got[inside],
                 expected[first:],
@@ -305,7 +340,7 @@ class _Verifier:
         offset = torch.arange(len(packed)) - torch.repeat_interleave(packed.cu_seqlens[:-1], lengths)
         longest = int(lengths.max())
         steps = range(1, longest)
-        model = self._model(torch.float64).eval()
+        model = self._model(Arithmetic(torch.float64)).eval()
         poisoned = copy.deepcopy(model)  # knows one more token, and that one is NaN
         row = torch.full((1, model.n_embd), float("nan"), dtype=torch.float64, device=self.device)
         poisoned.embedding = nn.Embedding.from_pretrained(torch.cat([model.embedding.weight, row]))
@@ -365,8 +400,8 @@ class _Verifier:
         packed = pack(words if len(words) >= 64 else [*words, *self._made(64)], self.vocabulary)
         everything = distinct_graph(packed, factors=self.model.factors)
         windows = reference.build_windows(packed, self.model.context)
-        mlp = to_windowed(self._model(torch.float64).cpu()).train()
-        model = self._model(torch.float64).train()
+        mlp = to_windowed(self._model(Arithmetic(torch.float64)).cpu()).train()
+        model = self._model(Arithmetic(torch.float64)).train()
         optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
         largest_loss = 0.0
         with threads(1):
@@ -399,8 +434,9 @@ class _Verifier:
     # -----------------------------------------------------------------------------------------------------------------
     # Pieces
 
-    def _model(self, dtype: torch.dtype) -> ConvWave:
-        return copy.deepcopy(self.model).to(self.device, dtype)
+    def _model(self, arithmetic: Arithmetic) -> ConvWave:
+        model = copy.deepcopy(self.model).to(self.device, arithmetic.dtype)
+        return model.use(arithmetic.backend, arithmetic.precision)
 
     def _references(self, dtype: torch.dtype) -> tuple[reference.Sequential, reference.Sequential]:
         """The windowed network of the same weights: in float64, and in `dtype`."""
@@ -597,10 +633,6 @@ def _origin(dtype: torch.dtype, bound: float) -> str:
     if dtype == torch.float64:
         return f"contract: {CONTRACT:g} relative"
     return f"4 x the windowed network's own float32 error ({bound / 4:.1e} relative)"
-
-
-def _short(dtype: torch.dtype) -> str:
-    return {torch.float64: "f64", torch.float32: "f32"}[dtype]
 
 
 def _first_row(got: Tensor, expected: Tensor, among: Tensor) -> int:

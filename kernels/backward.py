@@ -367,7 +367,7 @@ def conv_backward(
     H, C, K = weight.shape
     M, N = x.shape[0], z.shape[0]
     device = x.device
-    launch = launch or backward_launch(C, H, K, x.dtype, precision)
+    launch = launch or backward_launch(C, H, K, x.dtype, precision, device)
     below_stats, below_beta = below if below is not None else (stats, stats)
     fused = launch.fused and needs_dx
     dw = None if fused else _weight(g, z, stats, sums, weight, x, taps, below, counts, precision)
@@ -378,7 +378,7 @@ def conv_backward(
     long = not 0 < consumers.most <= BLOCK
     if long:
         blocks = x.new_empty(K, triton.cdiv(N, BLOCK), H, dtype=torch.float32)
-        columns = min(triton.next_power_of_2(H), 64)
+        columns = 64
         block_sums_kernel[(blocks.shape[1], K, triton.cdiv(H, columns))](
             g,
             z,

@@ -52,6 +52,12 @@ def multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2
 
 
+@functools.cache
+def has_wgmma(device: torch.device) -> bool:
+    """Whether matrix units read their operands from shared memory, as Hopper's do; elsewhere registers hold them."""
+    return device.type == "cuda" and not torch.version.hip and torch.cuda.get_device_capability(device)[0] == 9
+
+
 def resolve_precision(precision: str, dtype: torch.dtype) -> str:
     """How float32 is multiplied: what "auto" means under torch.set_float32_matmul_precision.
 
@@ -78,6 +84,11 @@ def _pad(n: int, low: int, high: int) -> int:
     return max(low, min(high, triton.next_power_of_2(n)))
 
 
+def _vectorised(C: int, dtype: torch.dtype) -> bool:
+    """Whether every row begins at 16 bytes; else each number is loaded by itself, from an address in two registers."""
+    return C * dtype.itemsize % 16 == 0
+
+
 def forward_launch(C: int, H: int, dtype: torch.dtype, precision: str) -> Launch:
     """For `conv_forward`: columns up to 128, so that the rows below are read once for H <= 128."""
     columns = _pad(H, 16, 128)
@@ -85,10 +96,12 @@ def forward_launch(C: int, H: int, dtype: torch.dtype, precision: str) -> Launch
     if interpreting():  # few, large programs: each costs milliseconds
         return Launch(64, depth, columns)
     if dtype == torch.float32 and precision == "ieee":
-        return Launch(64, min(depth, 16), columns, warps=8 if columns == 128 else 4)
+        return Launch(32, min(depth, 16), columns, warps=4)
     if C >= 512 and H >= 128 and precision != "tf32x3":
-        return Launch(128, 64 if dtype != torch.float32 else 32, 128, warps=8, stages=3, per_sm=1)
-    return Launch(128 if columns < 128 else 64, depth, columns, warps=8 if columns == 128 else 4)
+        half = dtype != torch.float32
+        return Launch(128, 64 if half else 32, 128, warps=8, stages=2 if half else 3, per_sm=1)
+    rows = 64 if _vectorised(C, dtype) or columns == 128 else 32
+    return Launch(rows, depth, columns, warps=8 if columns == 128 else 4)
 
 
 def elementwise_launch(C: int) -> Launch:
@@ -97,18 +110,38 @@ def elementwise_launch(C: int) -> Launch:
     return Launch(64 if interpreting() else 4096 // columns, 0, columns, per_sm=4)
 
 
-def backward_launch(C: int, H: int, K: int, dtype: torch.dtype, precision: str) -> Launch:
+# Rows of the largest tile of `conv_backward`, 64 columns wide, that holds both matrices' gradients and spills no
+# register on sm_90: by precision ("half" is bfloat16 and float16) and by channels H, rounded up. On sm_80 and gfx942
+# even the smallest ones spill.
+_FUSED_ROWS = {
+    ("ieee", 64): 16,
+    ("tf32x3", 64): 16,
+    ("tf32", 64): 32,
+    ("half", 64): 32,
+    ("tf32", 128): 16,
+    ("half", 128): 32,
+}
+
+
+def backward_launch(C: int, H: int, K: int, dtype: torch.dtype, precision: str, device: torch.device) -> Launch:
     """For `conv_backward`: ``depth`` channels H at a time, all of them where the matrices' gradients fit too."""
-    columns, depth = _pad(C, 16, 128), _pad(H, 16, 32)
-    fused = K == 2 and C <= 128 and H <= 128
-    if fused:
-        depth = _pad(H, 16, 128)
     if interpreting():
-        return Launch(64, depth, columns, fused=fused)
-    return Launch(32 if depth > 64 else 64, depth, columns, warps=8 if depth * columns > 64 * 64 else 4, fused=fused)
+        fused = K == 2 and C <= 128 and H <= 128
+        return Launch(64, _pad(H, 16, 128 if fused else 32), _pad(C, 16, 128), fused=fused)
+    multiplied = precision if dtype == torch.float32 else "half"
+    depth = _pad(H, 64, 256)
+    if has_wgmma(device) and K == 2 and C <= 128 and (multiplied, depth) in _FUSED_ROWS:
+        return Launch(_FUSED_ROWS[multiplied, depth], depth, 64, warps=8, stages=1, fused=True)
+    columns = _pad(C, 32, 128)
+    rows, depth = (16, 16) if multiplied == "ieee" else (64 if _vectorised(H, dtype) else 16, 32)
+    return Launch(rows, depth, columns, warps=8 if columns == 128 and multiplied != "ieee" else 4)
 
 
 def weight_launch(C: int, H: int, dtype: torch.dtype, precision: str) -> Launch:
     """For `conv_weight_kernel`: tiles of ``depth`` channels H by ``columns`` channels C."""
+    if interpreting():
+        return Launch(64, _pad(H, 16, 64), _pad(C, 16, 128))
+    if dtype == torch.float32 and precision == "ieee":
+        return Launch(16, _pad(H, 16, 64), _pad(C, 16, 64))
     columns, depth = _pad(C, 16, 128), _pad(H, 16, 64)
-    return Launch(64 if interpreting() else 32, depth, columns, warps=8 if depth * columns > 64 * 64 else 4)
+    return Launch(32, depth, columns, warps=8 if depth * columns > 64 * 64 else 4)

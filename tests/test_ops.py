@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import importlib.util
+import itertools
 import subprocess
 import sys
 
@@ -35,7 +36,7 @@ def levels(dtype: torch.dtype, requires_grad: bool = False, seed: int = 0) -> di
     def normal(*shape: int) -> Tensor:
         return torch.randn(shape, generator=generator, dtype=torch.float64).to(DEVICE, dtype)
 
-    pairs = list(zip(WIDTHS, WIDTHS[1:], strict=False))
+    pairs = list(itertools.pairwise(WIDTHS))
     result = {
         "weights": [normal(h, c, 2) * c**-0.5 for c, h in pairs],
         "gammas": [1 + 0.3 * normal(h) for _, h in pairs],
@@ -108,7 +109,11 @@ def test_gradcheck_of_the_op(graph: cw.Graph, training: bool) -> None:
 
     def function(x: Tensor, *flat: Tensor) -> Tensor:
         gammas = list(flat[3:6])
-        stats = [] if training else [torch.stack([f[0], f[1], f[1] * g, f[3], f[4]]) for f, g in zip(fixed, gammas)]
+        stats = (
+            []
+            if training
+            else [torch.stack([f[0], f[1], f[1] * g, f[3], f[4]]) for f, g in zip(fixed, gammas, strict=True)]
+        )
         return ops.stack(x, flat[:3], gammas, flat[6:], stats, graph.taps, graph.weights, [1e-5] * 3, True)[0]
 
     variables = [inputs(graph, torch.float64, True), *p["weights"], *p["gammas"], *p["betas"]]
@@ -251,7 +256,7 @@ def test_a_second_derivative_is_refused_in_clear_words(graph: cw.Graph) -> None:
     assert gradient.requires_grad  # the head is plain PyTorch
     weight = fused.layers[0].conv.weight
     (gradient,) = torch.autograd.grad(cw.loss(fused(graph), graph), [weight], create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable|does not require grad"):
+    with pytest.raises(RuntimeError, match=r"once_differentiable|does not require grad"):
         gradient.sum().backward()
 
 

@@ -12,7 +12,7 @@ import convwave as cw
 from convwave import cli, eager, verification
 from convwave.generation import GenerationCache
 from convwave.training import Config, train
-from convwave.verification import Check, verify, weights_sha256
+from convwave.verification import Arithmetic, Check, verify, weights_sha256
 
 CHECKS = ["logits", "loss", "gradients", "running statistics", "cached generation", "causality", "trajectory"]
 
@@ -154,7 +154,9 @@ def test_nan_before_the_changed_token_fails(splits: cw.Splits, vocab: cw.Vocabul
         return z * float("nan") if z.shape[1] == 11 and next(calls) > 20 else z
 
     monkeypatch.setattr(eager, "gather_conv", sometimes)
-    verifier = verification._Verifier(cw.ConvWave(len(vocab), n_hidden=11), splits, vocab, "", torch.device("cpu"), 0)
+    verifier = verification._Verifier(
+        cw.ConvWave(len(vocab), n_hidden=11), splits, vocab, "", torch.device("cpu"), 0, verification.PLAIN
+    )
     assert any(not check.passed and "changed token" in check.name for check in verifier.causality())
 
 
@@ -203,3 +205,38 @@ def test_the_command(few: cw.Words, tmp_path: Path, capsys, monkeypatch) -> None
     assert json.loads(captured.out.splitlines()[-1])["passed"] is False
     assert "FAILED logits, evaluation, dense, f64" in captured.err
     assert "level 0" in captured.err
+
+
+@pytest.fixture
+def few_words(words: cw.Words, monkeypatch: pytest.MonkeyPatch) -> cw.Splits:
+    """What triton's interpreter can do in a few seconds."""
+    pytest.importorskip("triton")
+    monkeypatch.setattr(verification, "GRAPHS", {"dense": cw.dense_graph})
+    monkeypatch.setattr(verification._Verifier, "_made", lambda self, number: ["ab", "ba"])
+    return cw.split_words(words.words[:30])
+
+
+KERNELS = [Arithmetic(torch.float32, "triton", "ieee")]
+
+
+def test_the_kernels_are_verified_too(few_words: cw.Splits, vocab: cw.Vocabulary) -> None:
+    """In the interpreter here; on a CUDA device without asking."""
+    model = cw.ConvWave(len(vocab), 6, [10, 12, 9])
+    checks = list(verify(model, few_words, vocab, trajectory_steps=5, kernels=KERNELS))
+    ours = [check for check in checks if "f32 kernels ieee" in check.name]
+    assert len(ours) == 1 + 2 * 3 + 1  # evaluation, training with and without counts, statistics
+    assert all(check.passed for check in checks), [check for check in checks if not check.passed]
+    assert model.backend == cw.ConvWave(5).backend  # left as it was
+
+
+def test_a_fault_in_a_kernel_is_found(
+    few_words: cw.Splits, vocab: cw.Vocabulary, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stack = pytest.importorskip("convwave.kernels.stack")
+    plain = stack.norm_tanh_forward
+    monkeypatch.setattr(stack, "norm_tanh_forward", lambda z, *rest: plain(z, *rest) * (1 + 1e-4))
+    model = cw.ConvWave(len(vocab), 6, [10, 12, 9])
+    checks = verify(model, few_words, vocab, trajectory_steps=5, kernels=KERNELS)
+    failed = {check.name for check in checks if not check.passed}
+    assert any("logits, training" in name for name in failed)
+    assert all("kernels" in name for name in failed)
