@@ -14,6 +14,7 @@ import os
 import re
 import subprocess
 import sys
+import tempfile
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -24,6 +25,8 @@ from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parent.parent
 TESTS = [f"tests/test_{name}.py" for name in ("equivalence", "graph", "generation", "convert", "evaluation", "data")]
+
+KERNEL_TESTS = ["tests/test_kernels.py", "tests/test_ops.py"]
 
 
 @dataclass(frozen=True)
@@ -196,6 +199,81 @@ MUTANTS = [
     Mutant("novel names are the seen ones", "evaluation", "word not in train for", "word in train for"),
 ]
 
+KERNELS = [
+    Mutant("kernel: taps swapped", "kernels.forward", "w_ptr + j * (H * C)", "w_ptr + (K - 1 - j) * (H * C)"),
+    Mutant(
+        "kernel: channels beyond the last are read",
+        "kernels.forward",
+        "m_x = (o_x >= 0)[:, None] & m_c[None, :]",
+        "m_x = (o_x >= 0)[:, None] & (o_c >= 0)[None, :]",
+    ),
+    Mutant("kernel: rows beyond the last count", "kernels.primitives", "tl.where(m_n, 1.0, 0.0)", "m_n * 0.0 + 1.0"),
+    Mutant(
+        "kernel: weights ignored in the statistics",
+        "kernels.forward",
+        "load_weights(counts_ptr, o_t, m_t, COUNTS)",
+        "load_weights(counts_ptr, o_t, m_t, False)",
+    ),
+    Mutant(
+        "kernel: means of tiles taken for equal",
+        "kernels.primitives",
+        "b_m2 + b_m2_new + b_delta * b_delta * (n * share)",
+        "b_m2 + b_m2_new",
+    ),
+    Mutant(
+        "kernel: only the first program's statistics",
+        "kernels.primitives",
+        "b_n = tl.load(p_p, mask=m_p, other=0",
+        "b_n = tl.load(p_p, mask=m_p & (o_p < 1)[:, None], other=0",
+    ),
+    Mutant("kernel: finished by the first program", "kernels.primitives", "== programs - 1", "== 0"),
+    Mutant("kernel: biased for unbiased", "kernels.primitives", "b_var = b_m2 / (n - 1)", "b_var = b_m2 / n"),
+    Mutant("kernel: a tanh that is 1e-4 off", "kernels.primitives", "+ s * 0.01643758", "+ s * 0.02"),
+    Mutant(
+        "kernel: weights ignored in the backward pass",
+        "kernels.backward",
+        "b_w[:, None] * (b_center",
+        "1.0 * (b_center",
+    ),
+    Mutant(
+        "kernel: no gradient through the variance",
+        "kernels.backward",
+        "+ (b_z - b_mean[None, :]) * b_spread[None, :]",
+        "+ 0 * b_spread[None, :]",
+    ),
+    Mutant(
+        "kernel: the last part of a block forgotten",
+        "kernels.backward",
+        "b_entries = b_head + (b_end - b_last)",
+        "b_entries = b_head",
+    ),
+    Mutant(
+        "kernel: entries taken for rows",
+        "kernels.backward",
+        "o_n = tl.load(order_ptr + (o_wide + j) * N + o_e, mask=m_e, other=0)",
+        "o_n = o_e",
+    ),
+    Mutant(
+        "kernel: derivative of the tanh below forgotten",
+        "kernels.backward",
+        "b_dx = b_dx * (1 - b_h * b_h)",
+        "b_dx = b_dx * 1.0",
+    ),
+    Mutant(
+        "kernel: one tap's weight gradient for both", "kernels.backward", "p_w + H * C, b_dw1", "p_w + H * C, b_dw0"
+    ),
+    Mutant(
+        "kernel: gradient taken for contiguous",
+        "kernels.norm_tanh",
+        "dh = dh if dh.stride(-1) == 1 else dh.contiguous()",
+        "pass",
+    ),
+    Mutant("kernel: gradient's row stride ignored", "kernels.norm_tanh", "dh.stride(0),", "C,"),
+    Mutant("op: gradient of gamma is beta's", "ops", "zip(dgammas, betas", "zip(dbetas, betas"),
+    Mutant("op: statistics recomputed in evaluation mode", "ops", "not fixed,\n", "True,\n"),
+]
+MUTANTS += KERNELS
+
 
 # No fault at all: the tests must pass with it, or what they say of the others means nothing.
 CONTROL = Mutant("no fault", "eager", "total - 1 if unbiased", "total - 1 if unbiased")
@@ -205,8 +283,15 @@ class _Plant(importlib.machinery.SourceFileLoader, MetaPathFinder):
     """Imports one module of convwave with the fault in its source."""
 
     def __init__(self, mutant: Mutant) -> None:
-        super().__init__(f"convwave.{mutant.module}", str(ROOT / f"convwave/{mutant.module}.py"))
-        self.mutant = mutant
+        where = mutant.module.replace(".", "/")
+        source = (ROOT / (where if where.startswith("kernels/") else f"convwave/{where}")).with_suffix(".py")
+        text = source.read_text(encoding="utf-8")
+        assert mutant.old in text, f"{mutant.name}: {source.name} has no {mutant.old!r}"
+        # a file, because triton reads the source of its kernels again
+        self.folder = tempfile.TemporaryDirectory()
+        planted = Path(self.folder.name) / source.name
+        planted.write_text(text.replace(mutant.old, mutant.new), encoding="utf-8")
+        super().__init__(f"convwave.{mutant.module}", str(planted))
 
     def find_spec(  # type: ignore[override]
         self, fullname: str, path: Sequence[str] | None = None, target: ModuleType | None = None
@@ -214,11 +299,6 @@ class _Plant(importlib.machinery.SourceFileLoader, MetaPathFinder):
         if fullname != self.name:
             return None
         return importlib.util.spec_from_file_location(fullname, self.path, loader=self)
-
-    def get_code(self, fullname: str):  # type: ignore[no-untyped-def]
-        source = Path(self.path).read_text(encoding="utf-8")
-        assert self.mutant.old in source, f"{self.mutant.name}: {self.mutant.module}.py has no {self.mutant.old!r}"
-        return compile(source.replace(self.mutant.old, self.mutant.new), self.path, "exec")
 
 
 class Outcome(NamedTuple):
@@ -307,7 +387,8 @@ def main(arguments: Sequence[str]) -> int:
         return _run_verify()
     import pytest
 
-    return int(pytest.main(["-x", "-q", "-p", "no:cacheprovider", "--no-header", "--tb=no", *TESTS]))
+    tests = KERNEL_TESTS if mutant in KERNELS else TESTS
+    return int(pytest.main(["-x", "-q", "-p", "no:cacheprovider", "--no-header", "--tb=no", *tests]))
 
 
 if __name__ == "__main__":
