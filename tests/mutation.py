@@ -10,13 +10,14 @@ from __future__ import annotations
 
 import importlib.machinery
 import importlib.util
+import multiprocessing
 import os
 import re
-import subprocess
 import sys
 import tempfile
+import traceback
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from importlib.abc import MetaPathFinder
 from pathlib import Path
@@ -26,7 +27,8 @@ from typing import NamedTuple
 ROOT = Path(__file__).resolve().parent.parent
 TESTS = [f"tests/test_{name}.py" for name in ("equivalence", "graph", "generation", "convert", "evaluation", "data")]
 
-KERNEL_TESTS = ["tests/test_kernels.py", "tests/test_ops.py"]
+# of modules that those do not reach
+OWN_TESTS = {"kernels": ["tests/test_kernels.py"], "ops": ["tests/test_ops.py"]}
 
 
 @dataclass(frozen=True)
@@ -199,7 +201,7 @@ MUTANTS = [
     Mutant("novel names are the seen ones", "evaluation", "word not in train for", "word in train for"),
 ]
 
-KERNELS = [
+MUTANTS += [
     Mutant("kernel: taps swapped", "kernels.forward", "w_ptr + j * (H * C)", "w_ptr + (K - 1 - j) * (H * C)"),
     Mutant(
         "kernel: channels beyond the last are read",
@@ -272,7 +274,6 @@ KERNELS = [
     Mutant("op: gradient of gamma is beta's", "ops", "zip(dgammas, betas", "zip(dbetas, betas"),
     Mutant("op: statistics recomputed in evaluation mode", "ops", "not fixed,\n", "True,\n"),
 ]
-MUTANTS += KERNELS
 
 
 # No fault at all: the tests must pass with it, or what they say of the others means nothing.
@@ -308,23 +309,41 @@ class Outcome(NamedTuple):
     by: str  # the first test that failed, or what went wrong with the experiment
 
 
-def run(mutant: Mutant, mode: str = "tests") -> Outcome:
-    """Plant a fault in a new process; `mode` is "tests" or "verify"."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CONVWAVE_MUTATION": "1", "PYTHONDONTWRITEBYTECODE": "1"}
-    command = [sys.executable, "-m", "tests.mutation", mutant.name, mode]
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
-    found = re.search(r"^(?:FAILED|CAUGHT) (.*?)(?: - .*)?$", done.stdout, re.MULTILINE)
-    if done.returncode == 1 and found:
-        return Outcome(True, found[1])
-    reason = "survived" if done.returncode == 0 else (done.stdout + done.stderr)[-2000:]
-    return Outcome(False, reason)
-
-
 def run_all(mode: str = "tests") -> dict[str, Outcome]:
-    """Every fault, two at a time."""
-    with ThreadPoolExecutor(2) as pool:
-        mutants = [CONTROL, *MUTANTS]
-        return dict(zip((m.name for m in mutants), pool.map(lambda m: run(m, mode), mutants), strict=True))
+    """Every fault in a process of its own, two at a time; `mode` is "tests" or "verify"."""
+    context = multiprocessing.get_context("forkserver" if hasattr(os, "fork") else "spawn")
+    if hasattr(os, "fork"):  # half of what a process costs is importing these
+        context.set_forkserver_preload(["torch", "torch._dynamo", "hypothesis", "pytest"])
+    mutants = [CONTROL, *MUTANTS]
+    with ProcessPoolExecutor(2, context, max_tasks_per_child=1) as pool:
+        outcomes = pool.map(_run, (m.name for m in mutants), [mode] * len(mutants))
+        return dict(zip((m.name for m in mutants), outcomes, strict=True))
+
+
+def _run(name: str, mode: str) -> Outcome:
+    """In the process that is to have the fault."""
+    import torch
+
+    torch.set_num_threads(1)
+    os.environ["CONVWAVE_MUTATION"] = "1"
+    sys.dont_write_bytecode = True
+    os.chdir(ROOT)
+    with tempfile.TemporaryFile("w+") as printed:
+        os.dup2(printed.fileno(), 1)
+        os.dup2(printed.fileno(), 2)
+        try:
+            status = main([name, mode])
+        except BaseException:
+            traceback.print_exc()
+            status = 2
+        sys.stdout.flush()
+        sys.stderr.flush()
+        printed.seek(0)
+        output = printed.read()
+    found = re.search(r"^(?:FAILED|CAUGHT) (.*?)(?: - .*)?$", output, re.MULTILINE)
+    if status == 1 and found:
+        return Outcome(True, found[1])
+    return Outcome(False, "survived" if status == 0 else output[-2000:])
 
 
 def report() -> str:
@@ -387,7 +406,7 @@ def main(arguments: Sequence[str]) -> int:
         return _run_verify()
     import pytest
 
-    tests = KERNEL_TESTS if mutant in KERNELS else TESTS
+    tests = OWN_TESTS.get(mutant.module.partition(".")[0], TESTS)
     return int(pytest.main(["-x", "-q", "-p", "no:cacheprovider", "--no-header", "--tb=no", *tests]))
 
 
