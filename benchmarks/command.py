@@ -1,0 +1,183 @@
+"""`convwave bench`: run studies, show them, write them; or make the report of what was written."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+
+import convwave as cw
+from benchmarks import charts
+from benchmarks.documents import Document, new_document, noisy_rows, write_document
+from benchmarks.harness import TOO_NOISY, Row, Settings, Unavailable, absent, first_line
+from benchmarks.studies import STUDIES, Plan, Step
+from convwave.checkpoint import write_atomic
+from convwave.console import table
+
+FULL = Settings(rounds=15, least_rounds=4, seconds=12.0)
+QUICK = Settings(rounds=4, least_rounds=4, seconds=1.0, sample_seconds=0.001)
+
+
+def run_studies(
+    names: Sequence[str],
+    words: cw.Words,
+    out: Path,
+    console: Console,
+    *,
+    device: str = "cpu",
+    quick: bool = False,
+    budget: float | None = None,
+    bundle: bool = False,
+) -> list[Document]:
+    """Run studies one after the other.
+
+    Args:
+        names: of studies.
+        words: of the vocabulary and the batches.
+        out: folder for ``STUDY.json`` and ``STUDY.png``, written after every step.
+        console: for people.
+        device: "cpu", "cuda", ...
+        quick: small sizes, few samples, nothing compiled.
+        budget: seconds for all studies, of which each gets an equal share of what is left when it begins; what does
+            not fit is recorded as not measured.
+        bundle: write all studies to one ``studies.json`` and one ``studies.png``.
+
+    Returns:
+        The documents as they were written.
+    """
+    settings = replace(QUICK if quick else FULL, device=device)
+    plan = Plan(words.words, device, quick, settings)
+    command = " ".join(
+        ["convwave bench", *names, f"--device {device}", *(["--quick"] if quick else [])]
+        + ([f"--budget {budget:g}"] if budget is not None else [])
+        + [f"--threads {torch.get_num_threads()}"]
+    )
+    ends = None if budget is None else time.monotonic() + budget
+    documents: list[Document] = []
+    for i, name in enumerate(names):
+        deadline = None
+        if ends is not None:
+            now = time.monotonic()
+            deadline = now + (ends - now) / (len(names) - i)
+        document = new_document(name, plan, command, words)
+        documents.append(document)
+
+        def write(document: Document = document) -> None:
+            document["noisy"] = noisy_rows(document["rows"])
+            write_document(document, out, bundle=bundle)
+
+        console.print(f"{name}: {STUDIES[name].question}")
+        _run(STUDIES[name].steps(plan), document, deadline, write, console)
+        document["complete"] = True
+        write()
+        show(document, console)
+        picture = out / ("studies.png" if bundle else f"{name}.png")
+        write_atomic(picture, charts.png(documents if bundle else [document]))
+        console.print(f"written: {out / ('studies.json' if bundle else name + '.json')}, {picture}")
+    return documents
+
+
+def _run(
+    steps: Sequence[Step], document: Document, deadline: float | None, write: Callable[[], None], console: Console
+) -> None:
+    write()
+    for i, step in enumerate(steps):
+        where = f"{step.point.mode}" + (f", {step.point.x} {step.point.x_name}" if step.point.x is not None else "")
+        if deadline is not None and time.monotonic() > deadline:
+            rows = [absent(step.point, "all", "the time was up")]
+        else:
+            console.print(f"  {i + 1} of {len(steps)}: {where}")
+            rows = _measure(step)
+        document["rows"] += [row.to_json() for row in rows]
+        write()
+
+
+def _measure(step: Step) -> list[Row]:
+    """The rows of a step; one that fails as a whole must not take the others with it."""
+    torch.compiler.reset()  # a function compiled too often silently runs uncompiled
+    try:
+        return step.measure()
+    except (RuntimeError, ValueError, Unavailable) as error:
+        return [absent(step.point, "all", f"{type(error).__name__}: {first_line(error)}")]
+
+
+def show(document: Document, console: Console) -> None:
+    """The tables of a study: for every mode and size a line a competitor."""
+    rows = document["rows"]
+    places: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
+    for row in rows:
+        places.setdefault((row["mode"], row["x_name"], row["x"]), []).append(row)
+    one_line_each = document["study"] == "breakeven"
+    lines: list[list[str]] = []
+    for (mode, x_name, x), here in places.items():
+        where = mode if x is None else f"{mode}, {x}" if isinstance(x, str) else f"{mode}, {x:,} {x_name}"
+        providers = list(dict.fromkeys(row["provider"] for row in here))
+        for provider in providers if not one_line_each else [p for p in providers if p == "prediction"]:
+            lines.append([where, provider, *_cells([row for row in here if row["provider"] == provider])])
+            where = ""
+    columns = ["", "", "median", "5 % to 95 %", "per second", "speed-up", "peak memory", "graph replay", "more", ""]
+    used = [i for i in range(len(columns)) if i < 3 or any(line[i] for line in lines)]
+    title = f"{document['study']} on {document['provenance']['device']}"
+    console.print(table(title, [columns[i] for i in used], [[line[i] for i in used] for line in lines]))
+    noisy, timed = document["noisy"], sum(row["metric"] == "seconds" and row["n"] > 1 for row in rows)
+    if noisy:
+        console.print(
+            f"machine too noisy: {len(noisy)} of {timed} times, marked ~, differ by more than {TOO_NOISY:.0%} between "
+            "the earlier and the later half of their rounds"
+        )
+
+
+def _cells(rows: list[dict[str, Any]]) -> list[str]:
+    by = {row["metric"]: row for row in rows}
+    seconds = by.get("seconds") or by.get("kernel_seconds")
+    notes = [row["note"] for row in rows if row["status"] != "ok"]
+    status = next((row["status"] for row in rows if row["status"] != "ok" and row["median"] is None), "")
+
+    def number(metric: str, unit: str = "") -> str:
+        row = by.get(metric)
+        return "" if row is None or row["median"] is None else charts.short_number(row["median"]) + unit
+
+    timed = seconds is not None and seconds["median"] is not None
+    spread = ""
+    if timed and seconds is not None and seconds["p05"] is not None:
+        spread = f"{duration(seconds['p05'])} to {duration(seconds['p95'])}"
+    noisy = seconds is not None and (seconds["drift"] or 0.0) > TOO_NOISY
+    more = [
+        f"{number(metric)} {unit}".strip()
+        for metric, unit in (
+            ("fraction", "of limit"),
+            ("bandwidth", "B/s"),
+            ("rate", "FLOP/s"),
+            ("launches", by.get("launches", {}).get("unit", "")),
+            ("regret", "lost"),
+        )
+        if number(metric)
+    ]
+    if by.get("right", {}).get("note"):
+        more.append(by["right"]["note"])
+    if status == "wrong":
+        error = rows[0]["error"]
+        notes = [f"{rows[0]['note']}" + ("" if error is None else f" by {error:.1e}")]
+    return [
+        duration(seconds["median"]) + (" ~" if noisy else "") if timed and seconds is not None else status,
+        spread,
+        number("positions_per_second"),
+        number("speedup", " x"),
+        number("peak_bytes", "B"),
+        duration(by["graph_seconds"]["median"]) if by.get("graph_seconds", {}).get("median") else "",
+        ", ".join(more),
+        "; ".join(notes),
+    ]
+
+
+def duration(seconds: float) -> str:
+    """Seconds with a unit that suits them."""
+    for limit, unit in ((1.0, "s"), (1e-3, "ms"), (1e-6, "us")):
+        if seconds >= limit:
+            return f"{seconds / limit:.3g} {unit}"
+    return f"{seconds / 1e-9:.3g} ns"
