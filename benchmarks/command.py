@@ -20,7 +20,7 @@ from convwave.checkpoint import write_atomic
 from convwave.console import table
 
 FULL = Settings(rounds=15, least_rounds=4, seconds=12.0)
-QUICK = Settings(rounds=4, least_rounds=4, seconds=1.0, sample_seconds=0.001)
+QUICK = Settings(rounds=8, least_rounds=4, seconds=1.0, sample_seconds=0.001)
 
 
 def run_studies(
@@ -107,34 +107,49 @@ def _measure(step: Step) -> list[Row]:
 
 
 def show(document: Document, console: Console) -> None:
-    """The tables of a study: for every mode and size a line a competitor."""
-    rows = document["rows"]
-    places: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
-    for row in rows:
-        places.setdefault((row["mode"], row["x_name"], row["x"]), []).append(row)
-    one_line_each = document["study"] == "breakeven"
-    lines: list[list[str]] = []
-    for (mode, x_name, x), here in places.items():
-        where = mode if x is None else f"{mode}, {x}" if isinstance(x, str) else f"{mode}, {x:,} {x_name}"
-        providers = list(dict.fromkeys(row["provider"] for row in here))
-        for provider in providers if not one_line_each else [p for p in providers if p == "prediction"]:
-            lines.append([where, provider, *_cells([row for row in here if row["provider"] == provider])])
-            where = ""
-    columns = ["", "", "median", "5 % to 95 %", "per second", "speed-up", "peak memory", "graph replay", "more", ""]
-    used = [i for i in range(len(columns)) if i < 3 or any(line[i] for line in lines)]
-    title = f"{document['study']} on {document['provenance']['device']}"
-    console.print(table(title, [columns[i] for i in used], [[line[i] for i in used] for line in lines]))
-    noisy, timed = document["noisy"], sum(row["metric"] == "seconds" and row["n"] > 1 for row in rows)
+    """The table of a study, and whether the machine was quiet enough."""
+    head, *lines = cells(document)
+    console.print(table(f"{document['study']} on {document['provenance']['device']}", head, lines))
+    noisy = document["noisy"]
     if noisy:
+        timed = sum(row["metric"] == "seconds" and row["n"] > 1 for row in document["rows"])
         console.print(
             f"machine too noisy: {len(noisy)} of {timed} times, marked ~, differ by more than {TOO_NOISY:.0%} between "
             "the earlier and the later half of their rounds"
         )
 
 
+def cells(document: Document) -> list[list[str]]:
+    """A study as text: the column heads, then for every mode and size a line a competitor; empty columns left out."""
+    places: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
+    for row in document["rows"]:
+        places.setdefault((row["mode"], row["x_name"], row["x"]), []).append(row)
+    lines: list[list[str]] = []
+    for (mode, x_name, x), here in places.items():
+        where = mode if x is None else f"{mode}, {x}" if isinstance(x, str) else f"{mode}, {x:,} {x_name}"
+        for provider in dict.fromkeys(row["provider"] for row in here):
+            lines.append([where, provider, *_cells([row for row in here if row["provider"] == provider])])
+            where = ""
+    heads = [
+        "",
+        "",
+        "median",
+        "5 % to 95 %",
+        "per second",
+        "speed-up",
+        "peak memory",
+        "graph replay",
+        "kernels",
+        "more",
+    ]
+    heads.append("")
+    used = [i for i in range(len(heads)) if i < 3 or any(line[i] for line in lines)]
+    return [[line[i] for i in used] for line in [heads, *lines]]
+
+
 def _cells(rows: list[dict[str, Any]]) -> list[str]:
     by = {row["metric"]: row for row in rows}
-    seconds = by.get("seconds") or by.get("kernel_seconds")
+    seconds = by.get("seconds")
     notes = [row["note"] for row in rows if row["status"] != "ok"]
     status = next((row["status"] for row in rows if row["status"] != "ok" and row["median"] is None), "")
 
@@ -155,6 +170,10 @@ def _cells(rows: list[dict[str, Any]]) -> list[str]:
             ("rate", "FLOP/s"),
             ("launches", by.get("launches", {}).get("unit", "")),
             ("regret", "lost"),
+            ("predicted_seconds", "s predicted"),
+            ("overhead", "s per level"),
+            ("element", "s per element"),
+            ("product", "s per FLOP"),
         )
         if number(metric)
     ]
@@ -170,6 +189,7 @@ def _cells(rows: list[dict[str, Any]]) -> list[str]:
         number("speedup", " x"),
         number("peak_bytes", "B"),
         duration(by["graph_seconds"]["median"]) if by.get("graph_seconds", {}).get("median") else "",
+        duration(by["kernel_seconds"]["median"]) if by.get("kernel_seconds", {}).get("median") else "",
         ", ".join(more),
         "; ".join(notes),
     ]

@@ -80,8 +80,8 @@ class Network:
     def windowed(self, name: str = "windowed MLP", mode: str | None = None, compile: bool = False) -> Competitor:
         """The windowed MLP of torch.nn's modules."""
 
-        def make() -> Work:
-            mlp = cw.to_torch(self.model).to(self.device).train(self.training)
+        def make(dtype: torch.dtype = torch.float32, compile: bool = compile) -> Work:
+            mlp = cw.to_torch(self.model).to(self.device, dtype).train(self.training)
             windows = reference.build_windows(self.packed, self.model.context)
             inputs, targets = windows.inputs.to(self.device), windows.targets.to(self.device)
             call = compiled(mlp, mode) if compile else mlp
@@ -95,7 +95,7 @@ class Network:
 
             return self._assemble(lambda: call(inputs), targets, parameters, gradients)
 
-        return Competitor(name, make)
+        return Competitor(name, make, exact=lambda: make(torch.float64, compile=False).result())
 
     def reference(self, name: str = "the post's own classes") -> Competitor:
         """The post's network as it stands, with its unbiased variance; checked against the same in float64."""
@@ -328,8 +328,8 @@ class Stack:
         self.graph = cw.dense_graph(packed, levels)
 
     def expected(self) -> Results:
-        """The result in float64, from the same rounded inputs and weights."""
-        return self._matmul(torch.float64, "cpu").result()
+        """The result in float64 on the CPU, from the same rounded inputs and weights."""
+        return self._convwave("eager", torch.float64, "cpu").result()
 
     def _weights(self, dtype: torch.dtype, device: str) -> cw.ConvWave:
         """The network, its weights rounded to the task's dtype first."""
@@ -349,7 +349,10 @@ class Stack:
         return self._assemble(call, x, gradient, list(stack.parameters()), weights, lambda h: h)
 
     def matmul(self, name: str = "two shifted matmuls", compile: bool = False, mode: str | None = None) -> Competitor:
-        return Competitor(name, lambda: self._matmul(self.dtype, self.device, compile, mode), self.dtype)
+        def exact() -> Results:
+            return self._matmul(torch.float64, "cpu").result()
+
+        return Competitor(name, lambda: self._matmul(self.dtype, self.device, compile, mode), self.dtype, exact=exact)
 
     def conv1d(
         self, name: str = "Conv1d + BatchNorm1d + tanh", compile: bool = False, mode: str | None = None
@@ -378,28 +381,26 @@ class Stack:
         call = compiled(stack, mode) if compile else stack
         return self._assemble(call, x, gradient, list(stack.parameters()), weights, lambda h: h.transpose(1, 2))
 
-    def convwave(self, name: str, backend: str = "eager", compile: bool = False) -> Competitor:
-        def make() -> Work:
-            if backend not in available_backends():
-                raise Unavailable(f"backend {backend!r} is not available here")
-            model = cw.ConvWave(**self.model.config(), backend=backend)
-            model.load_state_dict(self._weights(self.dtype, "cpu").state_dict())
-            model = model.to(self.device, self.dtype).train(self.training)
-            graph = self.graph.to(self.device)
-            rows = (self.positions, self.shape[2])
+    def convwave(self, name: str, backend: str = "eager") -> Competitor:
+        return Competitor(name, lambda: self._convwave(backend, self.dtype, self.device), self.dtype)
 
-            def forward(x: Tensor) -> Tensor:
-                return features(model, x, graph)
+    def _convwave(self, backend: str, dtype: torch.dtype, device: str) -> Work:
+        if backend not in available_backends():
+            raise Unavailable(f"backend {backend!r} is not available here")
+        model = cw.ConvWave(**self.model.config(), backend=backend)
+        model.load_state_dict(self._weights(self.dtype, "cpu").state_dict())
+        model = model.to(device, dtype).train(self.training)
+        graph = self.graph.to(device)
+        rows = (self.positions, self.shape[2])
 
-            def weights() -> list[Tensor]:
-                return [block.conv.weight.grad for block in model.layers]  # type: ignore[misc]
+        def weights() -> list[Tensor]:
+            return [block.conv.weight.grad for block in model.layers]  # type: ignore[misc]
 
-            parameters = [p for block in model.layers for p in block.parameters()]
-            call = compiled(forward) if compile else forward
-            x, gradient = self.x.view(rows), self.gradient.view(rows)
-            return self._assemble(call, x, gradient, parameters, weights, lambda h: h.view(self.shape))
-
-        return Competitor(name, make, self.dtype)
+        parameters = [p for block in model.layers for p in block.parameters()]
+        x, gradient = (t.to(device, dtype).view(rows) for t in (self.x, self.gradient))
+        return self._assemble(
+            lambda h: features(model, h, graph), x, gradient, parameters, weights, lambda h: h.view(self.shape)
+        )
 
     def _assemble(
         self,

@@ -153,7 +153,7 @@ def _names(plan: Plan, point: Point, count: int, training: bool, with_compiled: 
 def context(plan: Plan) -> list[Step]:
     """Width 128, contexts from 8 tokens: windows against the convolution, with the ratio of their FLOP beside."""
     levels: tuple[int, ...] = (10, 3, 6, 8, 4, 5, 7, 9, 11, 12)
-    nodes = 2**22 if plan.cuda else 2**20
+    nodes = 2**21 if plan.cuda else 2**20
     if plan.quick:
         levels, nodes = (3, 5, 7), 2**13
     steps = []

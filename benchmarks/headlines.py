@@ -1,0 +1,118 @@
+"""The few figures of the studies that stand in the README and on top of the report."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from benchmarks.charts import short_number
+from benchmarks.documents import Document, read_documents
+
+NOT_MEASURED = "not measured"
+Documents = Mapping[str, tuple[Path, Document]]
+
+
+def devices(results: Path) -> dict[str, Documents]:
+    """Every folder of results that holds studies, by its path below `results`, "." for itself."""
+    folders = [results, *sorted(path for path in results.glob("*") if path.is_dir())]
+    found = {folder.relative_to(results).as_posix(): read_documents(folder) for folder in folders}
+    return {name: documents for name, documents in found.items() if documents}
+
+
+def device_of(documents: Documents) -> str:
+    """What the studies of a folder ran on."""
+    return str(next(iter(documents.values()))[1]["provenance"]["device"])
+
+
+def find(
+    documents: Documents, study: str, provider: str, mode: str, metric: str, x: Any = None
+) -> dict[str, Any] | None:
+    """The row with numbers, None where it was not measured."""
+    for row in documents[study][1]["rows"] if study in documents else []:
+        same = (row["provider"], row["mode"], row["metric"]) == (provider, mode, metric)
+        if same and (x is None or row["x"] == x) and row["median"] is not None:
+            return dict(row)
+    return None
+
+
+def headlines(documents: Documents) -> list[tuple[str, str, str]]:
+    """Question, answer, command of every headline."""
+    return [
+        (
+            "training, context 1,024, width 128: dense over the windowed MLP",
+            _speedup(documents, "context", "dense", "train", 1024),
+            "context",
+        ),
+        (
+            "training, 512 names at the post's size: dense over the windowed MLP",
+            _speedup(documents, "names", "dense", "train", 512),
+            "names",
+        ),
+        (
+            "the same over distinct contexts",
+            _speedup(documents, "names", "distinct", "train", 512),
+            "names",
+        ),
+        (
+            "evaluation, 512 names: distinct contexts over the windowed MLP",
+            _speedup(documents, "names", "distinct", "eval", 512),
+            "names",
+        ),
+        (
+            "generation, 1,024 sequences at once: cached over the windowed MLP",
+            _speedup(documents, "sample", "cached", "eval", 1024),
+            "sample",
+        ),
+        (
+            "training a stack of width 128, float32: convwave over two shifted matmuls",
+            _speedup(documents, "width", "convwave, eager", "train, float32", 128),
+            "width",
+        ),
+        (
+            "the same over them compiled",
+            _over_compiled(documents),
+            "width",
+        ),
+        (
+            "a level of width 128, evaluation, float32: fraction of the hardware's limit",
+            _fraction(documents),
+            "roofline",
+        ),
+        ("the winning graph, predicted beforehand", _predictions(documents), "breakeven"),
+    ]
+
+
+def _speedup(documents: Documents, study: str, provider: str, mode: str, x: Any) -> str:
+    ratio = find(documents, study, provider, mode, "speedup", x)
+    rate = find(documents, study, provider, mode, "positions_per_second", x)
+    if ratio is None or rate is None:
+        return NOT_MEASURED
+    spread = f"{short_number(ratio['p05'])} to {short_number(ratio['p95'])}"
+    unit = "characters/s" if study == "sample" else "positions/s"
+    return f"{short_number(ratio['median'])} times ({spread}); {short_number(rate['median'])} {unit}"
+
+
+def _over_compiled(documents: Documents) -> str:
+    ours, theirs = (
+        find(documents, "width", provider, "train, float32", "seconds", 128)
+        for provider in ("convwave, eager", "two shifted matmuls, compiled")
+    )
+    if ours is None or theirs is None:
+        return NOT_MEASURED
+    return f"{short_number(theirs['median'] / ours['median'])} times (ratio of medians)"
+
+
+def _fraction(documents: Documents) -> str:
+    row = find(documents, "roofline", "level, eval, eager", "float32", "fraction", 128)
+    return NOT_MEASURED if row is None else f"{row['median']:.2f}, {row['note']}"
+
+
+def _predictions(documents: Documents) -> str:
+    rows = documents["breakeven"][1]["rows"] if "breakeven" in documents else []
+    right = [row["median"] for row in rows if row["metric"] == "right" and row["median"] is not None]
+    regret = [row["median"] for row in rows if row["metric"] == "regret" and row["median"] is not None]
+    if not right:
+        return NOT_MEASURED
+    mean, worst = sum(regret) / len(regret), max(regret)
+    return f"right in {sum(right):.0f} of {len(right)}; time lost {mean:.1%} on average, {worst:.0%} at worst"
