@@ -9,7 +9,7 @@ else
 endif
 READY := $(VENV)/.ready
 
-.PHONY: demo test lint figures clean
+.PHONY: demo test lint figures bench gpu clean
 
 # Train the dilated causal network on names, show its loss beside the post's, invent twenty names.
 demo: $(READY)
@@ -36,6 +36,15 @@ figures: $(READY)
 	mkdir -p benchmarks/results/reproduce
 	cp runs/reproduce/reproduce.json runs/reproduce/reproduce.png benchmarks/results/reproduce/
 	$(BIN)/python -m benchmarks.readme
+
+# pytest-benchmark over benchmarks/bench_*.py: each checks its result before it is timed.
+bench: $(READY)
+	$(BIN)/python -m pytest benchmarks -o addopts= -o python_files='bench_*.py' -o python_functions='bench_*' \
+	  --benchmark-only --benchmark-sort=name --benchmark-columns=median,iqr,min,max,rounds
+
+# GPU tests and all studies with the system's Python, which has torch and triton; nine minutes, results in $$OUT.
+gpu:
+	$(PYTHON) benchmarks/gpu.py
 
 clean:
 	rm -rf $(VENV) build *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis runs

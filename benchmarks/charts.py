@@ -24,6 +24,7 @@ class Series(NamedTuple):
     median: list[float]
     low: list[float]
     high: list[float]
+    colour: int
 
 
 class Chart(NamedTuple):
@@ -39,14 +40,15 @@ class Chart(NamedTuple):
 def charts(document: Document) -> list[Chart]:
     """The pictures of a study for which it has numbers."""
     found = []
+    providers = list(dict.fromkeys(row["provider"] for row in document["rows"]))
     for figure in STUDIES[document["study"]].figures:
-        chart = _chart(figure, document["rows"])
+        chart = _chart(figure, document["rows"], providers)
         if chart.series:
             found.append(chart)
     return found
 
 
-def _chart(figure: Figure, rows: Sequence[Mapping[str, Any]]) -> Chart:
+def _chart(figure: Figure, rows: Sequence[Mapping[str, Any]], providers: Sequence[str]) -> Chart:
     chosen = [
         row
         for row in rows
@@ -66,7 +68,8 @@ def _chart(figure: Figure, rows: Sequence[Mapping[str, Any]]) -> Chart:
             points = sorted(points, key=lambda row: row["x"])
         xs = [float(row["x"]) if figure.kind == "lines" else 0.0 for row in points]
         low, high = ([row[q] if row[q] is not None else row["median"] for row in points] for q in ("p05", "p95"))
-        series.append(Series(label, xs, [row["median"] for row in points], low, high))
+        colour = providers.index(points[0]["provider"]) % len(COLOURS)  # the same in every picture of a study
+        series.append(Series(label, xs, [row["median"] for row in points], low, high, colour))
     return Chart(figure.title, x_name, figure.label, figure.kind, series)
 
 
@@ -98,8 +101,8 @@ def png(documents: Sequence[Document]) -> bytes:
         axes.set_visible(False)
     for axes, (document, chart) in zip(grid.flat, drawn, strict=False):
         if chart.kind == "lines":
-            for i, series in enumerate(chart.series):
-                colour = COLOURS[i % len(COLOURS)]
+            for series in chart.series:
+                colour = COLOURS[series.colour]
                 axes.plot(
                     series.x, series.median, "o-", color=colour, label=series.label, markersize=3.5, linewidth=1.3
                 )
@@ -130,7 +133,7 @@ def png(documents: Sequence[Document]) -> bytes:
 # ---------------------------------------------------------------------------------------------------------------------
 # SVG
 
-WIDTH, LEFT, RIGHT, TOP, PLOT, BOTTOM = 460, 52, 12, 10, 230, 40
+WIDTH, LEFT, RIGHT, TOP, PLOT, BOTTOM = 460, 52, 20, 10, 230, 40
 
 
 def svg(chart: Chart) -> str:
@@ -164,11 +167,11 @@ def _lines(chart: Chart) -> str:
     middle = (LEFT + WIDTH - RIGHT) / 2
     height = TOP + PLOT + BOTTOM
     parts.append(f'<text x="{middle}" y="{height - 6}" text-anchor="middle">{_escape(chart.x_label)}</text>')
-    for i, series in enumerate(chart.series):
+    for series in chart.series:
         points = [at(x, y) for x, y in zip(series.x, series.median, strict=True)]
         band = [at(x, y) for x, y in zip(series.x, series.high, strict=True)]
         band += [at(x, y) for x, y in zip(reversed(series.x), reversed(series.low), strict=True)]
-        kind = f"s{i % len(COLOURS)}"
+        kind = f"s{series.colour}"
         parts.append(f'<polygon class="band {kind}" points="{_points(band)}"/>')
         parts.append(f'<polyline class="line {kind}" points="{_points(points)}"/>')
         for (right, down), x, y in zip(points, series.x, series.median, strict=True):
@@ -201,10 +204,7 @@ def legend(chart: Chart) -> str:
     """The series of a picture with lines, as HTML."""
     if chart.kind != "lines":
         return ""
-    items = [
-        f'<li><span class="key s{i % len(COLOURS)}"></span>{_escape(series.label)}</li>'
-        for i, series in enumerate(chart.series)
-    ]
+    items = [f'<li><span class="key s{series.colour}"></span>{_escape(series.label)}</li>' for series in chart.series]
     return f'<ul class="legend">{"".join(items)}</ul>'
 
 

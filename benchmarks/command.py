@@ -51,12 +51,8 @@ def run_studies(
         The documents as they were written.
     """
     settings = replace(QUICK if quick else FULL, device=device)
-    plan = Plan(words.words, device, quick, settings)
-    command = " ".join(
-        ["convwave bench", *names, f"--device {device}", *(["--quick"] if quick else [])]
-        + ([f"--budget {budget:g}"] if budget is not None else [])
-        + [f"--threads {torch.get_num_threads()}"]
-    )
+    options = [f"--device {device}", f"--threads {torch.get_num_threads()}"]
+    options += ["--quick"] * quick + ([] if budget is None else [f"--budget {budget:g}"])
     ends = None if budget is None else time.monotonic() + budget
     documents: list[Document] = []
     for i, name in enumerate(names):
@@ -64,7 +60,8 @@ def run_studies(
         if ends is not None:
             now = time.monotonic()
             deadline = now + (ends - now) / (len(names) - i)
-        document = new_document(name, plan, command, words)
+        plan = Plan(words.words, device, quick, replace(settings, deadline=deadline))
+        document = new_document(name, plan, " ".join(["convwave bench", name, *options]), words)
         documents.append(document)
 
         def write(document: Document = document) -> None:

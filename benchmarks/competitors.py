@@ -74,8 +74,8 @@ class Network:
 
     def expected(self, model: cw.ConvWave | None = None) -> Results:
         """The result in float64, from the windowed MLP's function evaluated densely (equal: `convwave verify`)."""
-        model = self._copy(model or self.model).double().cpu()
-        return self._work(model, cw.dense_graph(self.packed, factors=model.factors)).result()
+        model = self._copy(model or self.model).to(self.device, torch.float64)
+        return self._work(model, self.graph("dense").to(self.device)).result()
 
     def windowed(self, name: str = "windowed MLP", mode: str | None = None, compile: bool = False) -> Competitor:
         """The windowed MLP of torch.nn's modules."""
@@ -328,31 +328,31 @@ class Stack:
         self.graph = cw.dense_graph(packed, levels)
 
     def expected(self) -> Results:
-        """The result in float64 on the CPU, from the same rounded inputs and weights."""
-        return self._convwave("eager", torch.float64, "cpu").result()
+        """The result in float64, from the same rounded inputs and weights."""
+        return self._convwave("eager", torch.float64).result()
 
-    def _weights(self, dtype: torch.dtype, device: str) -> cw.ConvWave:
+    def _weights(self, dtype: torch.dtype) -> cw.ConvWave:
         """The network, its weights rounded to the task's dtype first."""
-        return copy.deepcopy(self.model).to(self.dtype).to(device, dtype).train(self.training)
+        return copy.deepcopy(self.model).to(self.dtype).to(self.device, dtype).train(self.training)
 
-    def _matmul(self, dtype: torch.dtype, device: str, compile: bool = False, mode: str | None = None) -> Work:
-        model = self._weights(dtype, device)
+    def _matmul(self, dtype: torch.dtype, compile: bool = False, mode: str | None = None) -> Work:
+        model = self._weights(dtype)
         stack = ShiftedMatmulStack([block.conv.weight.detach() for block in model.layers], _torch_norms(model))
-        stack = stack.to(device, dtype).train(self.training)
+        stack = stack.to(self.device, dtype).train(self.training)
 
         def weights() -> list[Tensor]:
             pairs = zip(stack.older, stack.newer, strict=True)
             return [torch.stack([a.grad.T, b.grad.T], 2) for a, b in pairs]
 
-        x, gradient = self.x.to(device, dtype), self.gradient.to(device, dtype)
+        x, gradient = self.x.to(dtype), self.gradient.to(dtype)
         call = compiled(stack, mode) if compile else stack
         return self._assemble(call, x, gradient, list(stack.parameters()), weights, lambda h: h)
 
     def matmul(self, name: str = "two shifted matmuls", compile: bool = False, mode: str | None = None) -> Competitor:
         def exact() -> Results:
-            return self._matmul(torch.float64, "cpu").result()
+            return self._matmul(torch.float64).result()
 
-        return Competitor(name, lambda: self._matmul(self.dtype, self.device, compile, mode), self.dtype, exact=exact)
+        return Competitor(name, lambda: self._matmul(self.dtype, compile, mode), self.dtype, exact=exact)
 
     def conv1d(
         self, name: str = "Conv1d + BatchNorm1d + tanh", compile: bool = False, mode: str | None = None
@@ -372,7 +372,7 @@ class Stack:
         return Competitor("pytorch-tcn", make, self.dtype)
 
     def _conv1d(self, conv: Callable[..., nn.Module] | None, compile: bool = False, mode: str | None = None) -> Work:
-        stack = conv1d_stack(self._weights(self.dtype, self.device), conv)
+        stack = conv1d_stack(self._weights(self.dtype), conv)
 
         def weights() -> list[Tensor]:
             return [layer.weight.grad for layer in stack.convs]  # type: ignore[misc]
@@ -382,22 +382,22 @@ class Stack:
         return self._assemble(call, x, gradient, list(stack.parameters()), weights, lambda h: h.transpose(1, 2))
 
     def convwave(self, name: str, backend: str = "eager") -> Competitor:
-        return Competitor(name, lambda: self._convwave(backend, self.dtype, self.device), self.dtype)
+        return Competitor(name, lambda: self._convwave(backend, self.dtype), self.dtype)
 
-    def _convwave(self, backend: str, dtype: torch.dtype, device: str) -> Work:
+    def _convwave(self, backend: str, dtype: torch.dtype) -> Work:
         if backend not in available_backends():
             raise Unavailable(f"backend {backend!r} is not available here")
         model = cw.ConvWave(**self.model.config(), backend=backend)
-        model.load_state_dict(self._weights(self.dtype, "cpu").state_dict())
-        model = model.to(device, dtype).train(self.training)
-        graph = self.graph.to(device)
+        model.load_state_dict(self._weights(self.dtype).state_dict())
+        model = model.to(self.device, dtype).train(self.training)
+        graph = self.graph.to(self.device)
         rows = (self.positions, self.shape[2])
 
         def weights() -> list[Tensor]:
             return [block.conv.weight.grad for block in model.layers]  # type: ignore[misc]
 
         parameters = [p for block in model.layers for p in block.parameters()]
-        x, gradient = (t.to(device, dtype).view(rows) for t in (self.x, self.gradient))
+        x, gradient = (t.to(dtype).view(rows) for t in (self.x, self.gradient))
         return self._assemble(
             lambda h: features(model, h, graph), x, gradient, parameters, weights, lambda h: h.view(self.shape)
         )

@@ -84,6 +84,7 @@ class Settings:
         least_rounds: taken even when the time is up; two halves of two samples each need 4.
         seconds: after which no further round begins.
         sample_seconds: calls are repeated within a sample until it lasts this long.
+        deadline: on `time.monotonic`'s clock, after which nothing more is built.
     """
 
     device: str = "cpu"
@@ -91,6 +92,7 @@ class Settings:
     least_rounds: int = 4
     seconds: float = 20.0
     sample_seconds: float = 0.004
+    deadline: float | None = None
 
     @property
     def cuda(self) -> bool:
@@ -177,8 +179,8 @@ def relative_error(got: Mapping[str, Tensor], expected: Mapping[str, Tensor]) ->
     for name, reference in expected.items():
         if got[name].shape != reference.shape:
             raise ValueError(f"{name}: expected shape {tuple(reference.shape)}, got {tuple(got[name].shape)}")
-        exact = reference.detach().double().cpu()
-        error = (got[name].detach().double().cpu() - exact).norm() / exact.norm().clamp(min=1e-300)
+        exact = reference.detach().double()
+        error = (got[name].detach().to(exact.device, torch.float64) - exact).norm() / exact.norm().clamp(min=1e-300)
         worst = max(worst, float(error)) if math.isfinite(float(error)) else math.inf
     return worst
 
@@ -363,6 +365,8 @@ def compare(
     yardsticks: dict[str, float] = {}
     for competitor in competitors:
         try:
+            if settings.deadline is not None and time.monotonic() > settings.deadline:
+                raise Unavailable("the time was up")
             work = competitor.make()
             truth = expected if competitor.expected is None else competitor.expected
             error = relative_error(work.result(), truth)

@@ -68,6 +68,7 @@ summary { cursor: pointer; }
   .stack tr { display: block; padding: .5rem 0; border-bottom: 1px solid var(--rule); }
   .stack td, .stack th { display: block; padding: 0; border: 0; }
   .stack th { font-weight: 600; }
+  .stack td[data-device]::before { content: attr(data-device) ": "; color: var(--quiet); }
 }
 """
 
@@ -129,13 +130,16 @@ def _introduction() -> str:
 
 def _headlines(found: dict[str, Any]) -> str:
     columns = {name: headlines(documents) for name, documents in found.items()}
-    names = [device_of(documents) for documents in found.values()]
     gpu = any(row["device"].startswith("cuda") for d in found.values() for _, doc in d.values() for row in doc["rows"])
-    head = "".join(f"<th>{escape(name)}</th>" for name in [*names, *([] if gpu else ["GPU"])])
+    heads = [*(device_of(documents) for documents in found.values()), *([] if gpu else ["GPU"])]
+    head = "".join(f"<th>{escape(name)}</th>" for name in heads)
     lines = []
     for i, (question, _, study) in enumerate(next(iter(columns.values()))):
         values = [answers[i][1] for answers in columns.values()] + ([] if gpu else [NOT_MEASURED])
-        shown = "".join(f'<td class="{"absent" if v == NOT_MEASURED else ""}">{escape(v)}</td>' for v in values)
+        shown = "".join(
+            f'<td data-device="{escape(name)}"{" class=absent" * (value == NOT_MEASURED)}>{escape(value)}</td>'
+            for name, value in zip(heads, values, strict=True)
+        )
         lines.append(
             f'<tr><th scope="row">{escape(question)}</th>{shown}<td><code>convwave bench {study}</code></td></tr>'
         )

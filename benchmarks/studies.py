@@ -144,9 +144,8 @@ def _names(plan: Plan, point: Point, count: int, training: bool, with_compiled: 
             task.convolution("dense", "dense, compiled", compile=True),
             task.padded_conv1d("Conv1d, padded names, compiled", compile=True),
         ]
-        competitors += _on_cuda(
-            plan, lambda: [task.windowed("windowed MLP, max-autotune", "max-autotune", compile=True)]
-        )
+        if plan.cuda:
+            competitors.append(task.windowed("windowed MLP, max-autotune", "max-autotune", compile=True))
     return _network_rows(task, competitors, point, plan.settings)
 
 
@@ -218,10 +217,6 @@ def _with_sgd(competitor: Competitor) -> Competitor:
 def _network_rows(task: Network, competitors: list[Competitor], point: Point, settings: Settings) -> list[Row]:
     with numeric_flags():
         return compare(competitors, task.expected(), point, settings, positions=task.positions, baseline="windowed MLP")
-
-
-def _on_cuda(plan: Plan, competitors: Callable[[], list[Competitor]]) -> list[Competitor]:
-    return competitors() if plan.cuda else []
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -304,24 +299,29 @@ def sample(plan: Plan) -> list[Step]:
     return steps
 
 
-def _sample(plan: Plan, point: Point, batch: int) -> list[Row]:
+def generation(plan: Plan, batch: int) -> tuple[list[Competitor], dict[str, Tensor]]:
+    """Who reads `batch` sequences, and the logits that they must arrive at."""
     model = plan.network().eval()
     generator = torch.Generator().manual_seed(0)
     letters = torch.randint(1, len(plan.vocabulary), (batch, CHARACTERS), generator=generator)
     letters[:, 0] = 0
     packed = cw.pack_ids(letters[:, 1:].tolist())
-    exact = Network(packed, model, False, "cpu").expected()["logits"]
-    expected = {"logits": exact.view(batch, CHARACTERS, -1)[:, -1]}
+    exact = Network(packed, model, False, plan.device).expected()["logits"]
     tokens = letters.to(plan.device)
-    with_compiled = not plan.quick and batch in (1024, 1)
+    competitors = [
+        Competitor("windowed MLP", lambda: _windowed_reader(model, tokens, False)),
+        Competitor("dense, no cache", lambda: _dense_reader(model, tokens)),
+        Competitor("cached", lambda: _cached_reader(model, tokens)),
+        Competitor("windowed MLP, compiled", lambda: _windowed_reader(model, tokens, True)),
+    ]
+    return competitors, {"logits": exact.view(batch, CHARACTERS, -1)[:, -1]}
+
+
+def _sample(plan: Plan, point: Point, batch: int) -> list[Row]:
+    competitors, expected = generation(plan, batch)
+    if plan.quick or batch not in (1, 1024):
+        competitors.pop()
     with numeric_flags():
-        competitors = [
-            Competitor("windowed MLP", lambda: _windowed_reader(model, tokens, False)),
-            Competitor("dense, no cache", lambda: _dense_reader(model, tokens)),
-            Competitor("cached", lambda: _cached_reader(model, tokens)),
-        ]
-        if with_compiled:
-            competitors.append(Competitor("windowed MLP, compiled", lambda: _windowed_reader(model, tokens, True)))
         positions = batch * CHARACTERS
         return compare(competitors, expected, point, plan.settings, positions=positions, baseline="windowed MLP")
 

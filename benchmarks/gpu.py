@@ -1,0 +1,137 @@
+"""Everything that needs a GPU, in one run on a machine that has one and little else: `make gpu`.
+
+    python3 benchmarks/gpu.py
+
+It needs Python with torch, triton, pytest, hypothesis, numpy, safetensors, rich and matplotlib, and no network. It
+makes the checkout importable, runs the GPU tests, then all studies, within nine minutes, and writes to the folder $OUT
+(default benchmarks/results/DEVICE/):
+
+    tests.txt      what pytest said
+    studies.json   every figure, written after every step of every study
+    studies.png    the pictures of the studies that are done
+    studies.txt    the tables
+
+Whatever stops it, these files hold what was done until then. `convwave bench --report` makes the page of them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+# what compiles little comes first, so that a short run has seen most of the questions
+ORDER = ("roofline", "launches", "context", "train", "sample", "breakeven", "width", "names")
+TESTS_SHARE = 0.35
+
+
+def main() -> int:
+    """Run everything; 0 if tests and checks passed, 1 if not."""
+    parser = argparse.ArgumentParser(description="GPU tests and all studies, within a time budget.")
+    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--seconds", type=float, default=530.0, help="for all of it (default: 530)")
+    parser.add_argument("--quick", action="store_true", help="small sizes, to try this script")
+    parser.add_argument("--tests", default="tests", help="what pytest collects")
+    args = parser.parse_args()
+    ends = time.monotonic() + args.seconds
+
+    environment = importable(dict(os.environ))
+    where = os.environ.get("OUT")
+    out = Path(where) if where else ROOT / "benchmarks/results" / device_folder(args.device, environment)
+    out.mkdir(parents=True, exist_ok=True)
+    for name in ("tests.txt", "studies.json", "studies.png", "studies.txt"):  # of an earlier run
+        (out / name).unlink(missing_ok=True)
+    candidates = [folder / "shared/data/names.txt" for folder in (ROOT, ROOT.parent)]
+    data = next((path for path in candidates if path.is_file()), None)
+    if data is not None:
+        environment.setdefault("CONVWAVE_DATA", str(data))
+
+    pytest = ["-m", "pytest", "-m", "gpu", "-q", "-rs", "-p", "no:cacheprovider", "-o", "addopts=", args.tests]
+    tests = run(pytest, out / "tests.txt", environment, TESTS_SHARE * args.seconds)
+    no_tests = 5  # pytest's status when it selected none
+    print(f"tests: {'none is marked gpu' if tests == no_tests else 'passed' if tests == 0 else 'FAILED'}", flush=True)
+
+    left = ends - time.monotonic()
+    bench = ["-m", "convwave", "bench", *ORDER, "--device", args.device, "--bundle", "--out", str(out)]
+    bench += [f"--budget={0.85 * left:.0f}", *(["--quick"] if args.quick else [])]
+    studies = run(bench, out / "studies.txt", environment, left)
+    print(f"studies: {'done' if studies == 0 else 'cut short or wrong, see studies.txt'}", flush=True)
+    print(f"written to {out}: {', '.join(sorted(path.name for path in out.iterdir()))}", flush=True)
+    return int(tests not in (0, no_tests) or studies != 0)
+
+
+def importable(environment: dict[str, str]) -> dict[str, str]:
+    """An environment in which this checkout is the `convwave` that Python imports.
+
+    An editable installation without dependencies; where pip or setuptools cannot do it, a package of links.
+    """
+    if imports(environment):
+        return environment
+    install = ["pip", "install", "--quiet", "--no-deps", "--no-build-isolation", "--no-index", "-e", str(ROOT)]
+    subprocess.run([sys.executable, "-m", *install], env=environment, capture_output=True, timeout=120, check=False)
+    if imports(environment):
+        return environment
+    site = Path(tempfile.mkdtemp(prefix="convwave-"))
+    package = site / "convwave"
+    package.mkdir()
+    for path in (ROOT / "convwave").iterdir():
+        if path.name != "__pycache__":
+            (package / path.name).symlink_to(path)
+    (package / "kernels").symlink_to(ROOT / "kernels")
+    (package / "given_names").symlink_to(ROOT / "data/given_names")
+    paths = [str(site), str(ROOT), environment.get("PYTHONPATH", "")]
+    linked = {**environment, "PYTHONPATH": os.pathsep.join(filter(None, paths))}
+    if not imports(linked):
+        sys.exit("gpu: convwave cannot be imported; it needs torch, numpy and safetensors")
+    return linked
+
+
+def imports(environment: dict[str, str]) -> bool:
+    """Whether `convwave` and its kernels come from this checkout."""
+    code = "import convwave.kernels, pathlib; print(pathlib.Path(convwave.provenance.__file__).resolve().parent)"
+    done = subprocess.run(
+        [sys.executable, "-c", f"import convwave.provenance; {code}"],
+        env=environment,
+        cwd=tempfile.gettempdir(),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    return done.returncode == 0 and Path(done.stdout.strip()) == ROOT / "convwave"
+
+
+def device_folder(device: str, environment: dict[str, str]) -> str:
+    """The device's name as a folder's."""
+    code = f"from convwave.provenance import device_name; print(device_name({device!r}))"
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
+    if done.returncode:
+        sys.exit(f"gpu: device {device!r} is not available: {done.stderr.strip().splitlines()[-1]}")
+    return "-".join("".join(c if c.isalnum() else " " for c in done.stdout.lower()).split())
+
+
+def run(arguments: list[str], log: Path, environment: dict[str, str], seconds: float) -> int:
+    """Run Python in the checkout, its output in a file; killed when the time is up. Returns the exit status."""
+    with log.open("w") as file:
+        try:
+            done = subprocess.run(
+                [sys.executable, *arguments],
+                cwd=ROOT,
+                env=environment,
+                stdout=file,
+                stderr=subprocess.STDOUT,
+                timeout=max(1.0, seconds),
+                check=False,
+            )
+        except subprocess.TimeoutExpired:
+            file.write(f"\nstopped after {seconds:.0f} s\n")
+            return 124
+    return done.returncode
+
+
+if __name__ == "__main__":
+    sys.exit(main())
