@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import copy
 import functools
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple
@@ -533,7 +532,7 @@ def breakeven(plan: Plan) -> list[Step]:
 
     def calibrate() -> list[Row]:
         rows, found = _calibrate(plan, point._replace(mode="calibration"))
-        constants.append(found)
+        constants.extend(found)
         return rows
 
     def try_on(scenario: Scenario, here: Point) -> list[Row]:
@@ -550,8 +549,8 @@ def breakeven(plan: Plan) -> list[Step]:
     return steps
 
 
-def _calibrate(plan: Plan, point: Point) -> tuple[list[Row], prediction.Constants]:
-    """Dense steps of other sizes than the scenarios', from tiny (overhead) to wide (products)."""
+def _calibrate(plan: Plan, point: Point) -> tuple[list[Row], list[prediction.Constants]]:
+    """Dense steps of other sizes than the scenarios', from tiny (overhead) to wide (products); none when cut short."""
     shapes = [(64, 16, 2), (64, 16, 4), (4000, 16, 4), (1000, 64, 2), (4000, 64, 3), (1000, 256, 2)]
     rows, works, seconds = [], [], []
     with numeric_flags():
@@ -562,13 +561,15 @@ def _calibrate(plan: Plan, point: Point) -> tuple[list[Row], prediction.Constant
             dense = task.convolution("dense")
             found = compare([dense], task.expected(), here, _short(plan), memory=False)
             rows += found
-            seconds.append(float(found[0].median or math.nan))
+            if found[0].median is None:
+                return rows, []
+            seconds.append(found[0].median)
             works.append(prediction.work_of([float(positions)] * (levels + 1), 10, n_hidden, len(plan.vocabulary)))
     constants = prediction.fit(works, seconds)
     units = ("s per level", "s per element", "s per FLOP")
     for name, value, unit in zip(constants._fields, constants, units, strict=True):
         rows.append(point.row("prediction", name, unit, median=value, n=len(works)))
-    return rows, constants
+    return rows, [constants]
 
 
 def _scenario(plan: Plan, point: Point, scenario: Scenario, constants: prediction.Constants) -> list[Row]:
