@@ -88,13 +88,15 @@ def short_number(value: float) -> str:
 # PNG
 
 
-def png(documents: Sequence[Document]) -> bytes:
-    """All pictures of some studies, side by side, as a PNG."""
+def png(documents: Sequence[Document]) -> bytes | None:
+    """All pictures of some studies, side by side, as a PNG; None where there is nothing to draw."""
     from matplotlib.figure import Figure as Canvas
 
     drawn = [(document, chart) for document in documents for chart in charts(document)]
-    columns = min(2, max(1, len(drawn)))
-    lines = max(1, math.ceil(len(drawn) / columns))
+    if not drawn:
+        return None
+    columns = min(2, len(drawn))
+    lines = math.ceil(len(drawn) / columns)
     canvas = Canvas(figsize=(6.6 * columns, 4.2 * lines), layout="constrained")
     grid = canvas.subplots(lines, columns, squeeze=False)
     for axes in grid.flat[len(drawn) :]:

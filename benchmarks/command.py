@@ -13,11 +13,12 @@ from rich.console import Console
 
 import convwave as cw
 from benchmarks import charts
-from benchmarks.documents import Document, new_document, noisy_rows, write_document
-from benchmarks.harness import TOO_NOISY, Row, Settings, Unavailable, absent, first_line
+from benchmarks.documents import BUNDLE, Document, new_document, noisy_rows, read_documents, write_document
+from benchmarks.harness import TIME_UP, TOO_NOISY, Row, Settings, Unavailable, absent, first_line
 from benchmarks.studies import STUDIES, Plan, Step
 from convwave.checkpoint import write_atomic
 from convwave.console import table
+from convwave.provenance import device_name
 
 FULL = Settings(rounds=15, least_rounds=4, seconds=12.0)
 QUICK = Settings(rounds=8, least_rounds=4, seconds=1.0, sample_seconds=0.001)
@@ -33,6 +34,7 @@ def run_studies(
     quick: bool = False,
     budget: float | None = None,
     bundle: bool = False,
+    resume: bool = False,
 ) -> list[Document]:
     """Run studies one after the other.
 
@@ -46,10 +48,13 @@ def run_studies(
         budget: seconds for all studies, of which each gets an equal share of what is left when it begins; what does
             not fit is recorded as not measured.
         bundle: write all studies to one ``studies.json`` and one ``studies.png``.
+        resume: pass over studies that `out` holds complete, of the same device and sizes.
 
     Returns:
         The documents as they were written.
     """
+    if resume:
+        names = [name for name in names if not _is_done(out, name, device, quick, console)]
     settings = replace(QUICK if quick else FULL, device=device)
     options = [f"--device {device}", f"--threads {torch.get_num_threads()}"]
     options += ["--quick"] * quick + ([] if budget is None else [f"--budget {budget:g}"])
@@ -70,13 +75,33 @@ def run_studies(
 
         console.print(f"{name}: {STUDIES[name].question}")
         _run(STUDIES[name].steps(plan), document, deadline, write, console)
-        document["complete"] = True
+        document["complete"] = not any(row["note"] == TIME_UP for row in document["rows"])
         write()
         show(document, console)
         picture = out / ("studies.png" if bundle else f"{name}.png")
-        write_atomic(picture, charts.png(documents if bundle else [document]))
-        console.print(f"written: {out / ('studies.json' if bundle else name + '.json')}, {picture}")
+        drawn = charts.png(documents if bundle else [document])
+        if drawn is not None:
+            write_atomic(picture, drawn)
+        files = [out / (BUNDLE if bundle else f"{name}.json"), *([picture] if drawn is not None else [])]
+        console.print(f"written: {', '.join(map(str, files))}")
     return documents
+
+
+def _is_done(out: Path, name: str, device: str, quick: bool, console: Console) -> bool:
+    """Whether a folder holds this study complete, measured on the same device at the same sizes."""
+    _, document = read_documents(out).get(name, (out, None))
+    if document is None or not document["complete"]:
+        return False
+    same = document["provenance"]["device"] == device_name(device) and document["settings"]["quick"] == quick
+    if same:
+        console.print(f"{name}: done on {document['provenance']['date'][:16]}, passed over")
+    return same
+
+
+def list_studies(console: Console) -> None:
+    """The studies with the question that each answers."""
+    for study in STUDIES.values():
+        console.print(f"{study.name:<10} {study.question}")
 
 
 def _run(
@@ -86,7 +111,7 @@ def _run(
     for i, step in enumerate(steps):
         where = f"{step.point.mode}" + (f", {step.point.x} {step.point.x_name}" if step.point.x is not None else "")
         if deadline is not None and time.monotonic() > deadline:
-            rows = [absent(step.point, "all", "the time was up")]
+            rows = [absent(step.point, "all", TIME_UP)]
         else:
             console.print(f"  {i + 1} of {len(steps)}: {where}")
             rows = _measure(step)

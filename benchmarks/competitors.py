@@ -26,10 +26,11 @@ from torch.nn import functional as F
 import convwave as cw
 from benchmarks.harness import Competitor, Unavailable, Work, first_line
 from convwave import reference
-from convwave.nn import available_backends
+from convwave.ops import available_backends
 
 Forward = Callable[[], Tensor]
 Results = Mapping[str, Tensor]
+MAX_AUTOTUNE = "max-autotune"  # of torch.compile
 
 
 def compiled(function: Callable[..., Any], mode: str | None = None) -> Callable[..., Any]:
@@ -95,7 +96,12 @@ class Network:
 
             return self._assemble(lambda: call(inputs), targets, parameters, gradients)
 
-        return Competitor(name, make, exact=lambda: make(torch.float64, compile=False).result())
+        return Competitor(
+            name,
+            make,
+            exact=lambda: make(torch.float64, compile=False).result(),
+            replays=mode == MAX_AUTOTUNE,
+        )
 
     def reference(self, name: str = "the post's own classes") -> Competitor:
         """The post's network as it stands, with its unbiased variance; checked against the same in float64."""
@@ -280,8 +286,9 @@ def conv1d_stack(model: cw.ConvWave, conv: Callable[..., nn.Module] | None = Non
     convs: list[nn.Module] = []
     for block in model.layers:
         H, C, k = block.conv.weight.shape
-        layer = (conv or nn.Conv1d)(C, H, k, dilation=block.conv.dilation, bias=False)
-        layer.load_state_dict(block.conv.state_dict())
+        layer: Any = (conv or nn.Conv1d)(C, H, k, dilation=block.conv.dilation, bias=False)
+        with torch.no_grad():
+            layer.weight.copy_(block.conv.weight)
         convs.append(layer)
     stack = Conv1dStack(convs, _torch_norms(model), padded=conv is not None)
     weight = model.head.weight
@@ -331,12 +338,12 @@ class Stack:
         """The result in float64, from the same rounded inputs and weights."""
         return self._convwave("eager", torch.float64).result()
 
-    def _weights(self, dtype: torch.dtype) -> cw.ConvWave:
+    def weights(self, dtype: torch.dtype) -> cw.ConvWave:
         """The network, its weights rounded to the task's dtype first."""
         return copy.deepcopy(self.model).to(self.dtype).to(self.device, dtype).train(self.training)
 
     def _matmul(self, dtype: torch.dtype, compile: bool = False, mode: str | None = None) -> Work:
-        model = self._weights(dtype)
+        model = self.weights(dtype)
         stack = ShiftedMatmulStack([block.conv.weight.detach() for block in model.layers], _torch_norms(model))
         stack = stack.to(self.device, dtype).train(self.training)
 
@@ -352,12 +359,14 @@ class Stack:
         def exact() -> Results:
             return self._matmul(torch.float64).result()
 
-        return Competitor(name, lambda: self._matmul(self.dtype, compile, mode), self.dtype, exact=exact)
+        make = functools.partial(self._matmul, self.dtype, compile, mode)
+        return Competitor(name, make, self.dtype, exact=exact, replays=mode == MAX_AUTOTUNE)
 
     def conv1d(
         self, name: str = "Conv1d + BatchNorm1d + tanh", compile: bool = False, mode: str | None = None
     ) -> Competitor:
-        return Competitor(name, lambda: self._conv1d(None, compile, mode), self.dtype)
+        make = functools.partial(self._conv1d, None, compile, mode)
+        return Competitor(name, make, self.dtype, replays=mode == MAX_AUTOTUNE)
 
     def pytorch_tcn(self) -> Competitor:
         """The causal convolution of the package pytorch-tcn, where it is installed."""
@@ -372,7 +381,7 @@ class Stack:
         return Competitor("pytorch-tcn", make, self.dtype)
 
     def _conv1d(self, conv: Callable[..., nn.Module] | None, compile: bool = False, mode: str | None = None) -> Work:
-        stack = conv1d_stack(self._weights(self.dtype), conv)
+        stack = conv1d_stack(self.weights(self.dtype), conv)
 
         def weights() -> list[Tensor]:
             return [layer.weight.grad for layer in stack.convs]  # type: ignore[misc]
@@ -381,14 +390,15 @@ class Stack:
         call = compiled(stack, mode) if compile else stack
         return self._assemble(call, x, gradient, list(stack.parameters()), weights, lambda h: h.transpose(1, 2))
 
-    def convwave(self, name: str, backend: str = "eager") -> Competitor:
-        return Competitor(name, lambda: self._convwave(backend, self.dtype), self.dtype)
+    def convwave(self, name: str, backend: str = "eager", precision: str = "auto") -> Competitor:
+        """This library; `precision` of float32 products is the kernels', "auto" the same as everybody's."""
+        return Competitor(name, lambda: self._convwave(backend, self.dtype, precision), self.dtype)
 
-    def _convwave(self, backend: str, dtype: torch.dtype) -> Work:
+    def _convwave(self, backend: str, dtype: torch.dtype, precision: str = "auto") -> Work:
         if backend not in available_backends():
             raise Unavailable(f"backend {backend!r} is not available here")
-        model = cw.ConvWave(**self.model.config(), backend=backend)
-        model.load_state_dict(self._weights(self.dtype).state_dict())
+        model = cw.ConvWave(**self.model.config(), backend=backend, precision=precision)
+        model.load_state_dict(self.weights(self.dtype).state_dict())
         model = model.to(self.device, dtype).train(self.training)
         graph = self.graph.to(self.device)
         rows = (self.positions, self.shape[2])
@@ -399,7 +409,7 @@ class Stack:
         parameters = [p for block in model.layers for p in block.parameters()]
         x, gradient = (t.to(dtype).view(rows) for t in (self.x, self.gradient))
         return self._assemble(
-            lambda h: features(model, h, graph), x, gradient, parameters, weights, lambda h: h.view(self.shape)
+            lambda h: model.features(h, graph), x, gradient, parameters, weights, lambda h: h.view(self.shape)
         )
 
     def _assemble(
@@ -435,10 +445,3 @@ class Stack:
             return {"h": h.clone(), "x": layout(leaf.grad).clone(), **levels}
 
         return Work(step, result)
-
-
-def features(model: cw.ConvWave, h: Tensor, graph: cw.Graph) -> Tensor:
-    """The levels of a network that counts positions, without embedding and head: (N, C) -> (N, H)."""
-    for block, taps in zip(model.layers, graph.taps, strict=True):
-        h = block(h, taps)
-    return h

@@ -36,6 +36,7 @@ os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler's own messages
 
 QUANTILES = {"p05": 0.05, "p25": 0.25, "median": 0.5, "p75": 0.75, "p95": 0.95}
 TOO_NOISY = 0.10
+TIME_UP = "the time was up"
 EXACT = 1e-8  # relative, in float64, with room for what BatchNorm amplifies
 
 
@@ -63,6 +64,7 @@ class Competitor:
         expected: what it must compute, when that is not what its rivals compute.
         group: competitors of a group share one bound on the error, derived from its first member, the yardstick.
         exact: of a yardstick, the result of the same code in float64: proof that its error is rounding alone.
+        replays: it replays CUDA graphs by itself, so no other graph is made of it.
     """
 
     provider: str
@@ -72,6 +74,7 @@ class Competitor:
     expected: Mapping[str, Tensor] | None = None
     group: str = ""
     exact: Callable[[], Mapping[str, Tensor]] | None = None
+    replays: bool = False
 
 
 @dataclass(frozen=True)
@@ -251,8 +254,8 @@ def capture(run: Callable[[], Any]) -> Callable[[], Any]:
     return graph.replay
 
 
-def kernel_times(run: Callable[[], Any], calls: int = 5) -> dict[str, list[float]]:
-    """Per kernel name, the device seconds of each of its launches in `calls` calls. CUDA only."""
+def kernel_launches(run: Callable[[], Any], calls: int = 5) -> list[tuple[str, float]]:
+    """Name and device seconds of every kernel that `calls` calls start, in the order in which they ran. CUDA only."""
     from torch.profiler import ProfilerActivity, profile
 
     run()
@@ -261,11 +264,31 @@ def kernel_times(run: Callable[[], Any], calls: int = 5) -> dict[str, list[float
         for _ in range(calls):
             run()
         torch.cuda.synchronize()
-    times: dict[str, list[float]] = {}
-    for event in profiler.events():
-        if event.device_type.name == "CUDA" and not event.name.startswith("ProfilerStep"):
-            times.setdefault(event.name, []).append(event.time_range.elapsed_us() * 1e-6)
-    return times
+    return device_launches(profiler.events())
+
+
+def device_launches(events: Any) -> list[tuple[str, float]]:
+    """Name and seconds of what ran on the device, in order, of a profiler's events; annotations are no kernels."""
+    found = [
+        event
+        for event in events
+        if event.device_type.name == "CUDA" and not getattr(event, "is_user_annotation", False)
+    ]
+    found.sort(key=lambda event: event.time_range.start)
+    return [(event.name, event.time_range.elapsed_us() * 1e-6) for event in found]
+
+
+def kernel_seconds(run: Callable[[], Any], calls: int = 5) -> list[float]:
+    """Seconds that kernels were running, of each of some calls; their mean where the calls cannot be told apart."""
+    return per_call([seconds for _, seconds in kernel_launches(run, calls)], calls)
+
+
+def per_call(launches: Sequence[float], calls: int) -> list[float]:
+    """Sums over the launches of each call, when every call has equally many; else their mean alone."""
+    each, rest = divmod(len(launches), calls)
+    if rest:
+        return [sum(launches) / calls]
+    return [sum(launches[i * each : (i + 1) * each]) for i in range(calls)]
 
 
 def operators(run: Callable[[], Any]) -> int:
@@ -366,7 +389,7 @@ def compare(
     for competitor in competitors:
         try:
             if settings.deadline is not None and time.monotonic() > settings.deadline:
-                raise Unavailable("the time was up")
+                raise Unavailable(TIME_UP)
             work = competitor.make()
             truth = expected if competitor.expected is None else competitor.expected
             error = relative_error(work.result(), truth)
@@ -398,6 +421,8 @@ def compare(
     if settings.cuda:
         for entry in entries:
             try:
+                if entry.competitor.replays:
+                    raise Unavailable("replays CUDA graphs already")
                 entry.replay, entry.replay_seconds = capture(entry.work.run), []
             except Unavailable as reason:
                 rows.append(absent(point, entry.competitor.provider, str(reason), "graph_seconds"))
@@ -446,8 +471,7 @@ def _rows(
     if entry.replay_seconds:
         rows.append(point.row(provider, "graph_seconds", "s", **statistics(entry.replay_seconds), **checked))
     if settings.cuda:
-        per_call = [sum(map(sum, kernel_times(entry.work.run, 1).values())) for _ in range(5)]
-        rows.append(point.row(provider, "kernel_seconds", "s", **statistics(per_call), **checked))
+        rows.append(point.row(provider, "kernel_seconds", "s", **statistics(kernel_seconds(entry.work.run)), **checked))
     if memory:
         peak = float(peak_bytes(entry.work.run, settings.device))
         rows.append(point.row(provider, "peak_bytes", "B", **statistics([peak]), **checked))

@@ -37,11 +37,6 @@ def norm_tanh(rows: int, width: int, itemsize: int) -> Cost:
     return Cost(2.0 * rows * width * itemsize, 0.0)
 
 
-def norm_tanh_backward(rows: int, width: int, itemsize: int) -> Cost:
-    """Read the gradient and the pre-activation, write the gradient in front of the norm."""
-    return Cost(3.0 * rows * width * itemsize, 0.0)
-
-
 def product_backward(rows: int, channels: int, width: int, taps: int, itemsize: int) -> Cost:
     """Data and weight gradient: read (N, H) and (N, C), write (N, C) and the weights."""
     weight = 2 * taps * channels * width * itemsize
@@ -65,13 +60,26 @@ def level_train(rows: int, channels: int, width: int, taps: int, itemsize: int) 
     return Cost(forward.bytes + backward.bytes + rows * width * itemsize, forward.flop + backward.flop)
 
 
-KERNELS: dict[str, Callable[[int, int, int, int, int], Cost]] = {
-    "conv_forward": product,
-    "norm_tanh_forward": lambda rows, _c, width, _k, itemsize: norm_tanh(rows, width, itemsize),
-    "norm_tanh_backward": lambda rows, _c, width, _k, itemsize: norm_tanh_backward(rows, width, itemsize),
-    "conv_backward": product_backward,
-}
-"""Costs of the library's kernels by the part of their names that the profiler shows."""
+def kernels(rows: int, channels: int, width: int, taps: int, itemsize: int, separate: bool) -> dict[str, Cost]:
+    """Least costs of the library's kernels in a training step of one level, by the names that the profiler shows.
+
+    Backward reads the gradient in front of the tanh, z and the rows below, and writes the gradient of the rows below; a
+    separate kernel for the gradients of the matrices reads the first three again.
+    """
+    weight = taps * channels * width
+    index = 2 * taps * rows * 8
+    flop = 2.0 * rows * weight
+    operands = rows * (2 * width + channels) * itemsize
+    rows_below = Cost(operands + rows * channels * itemsize + index + weight * itemsize, flop)
+    matrices = Cost(operands + index / 2 + 4.0 * weight, flop)
+    fused = Cost(rows_below.bytes + 4.0 * weight, 2 * flop)
+    return {
+        "conv_forward_kernel": product(rows, channels, width, taps, itemsize),
+        "norm_tanh_forward_kernel": norm_tanh(rows, width, itemsize),
+        "norm_tanh_backward_kernel": Cost(3.0 * rows * width * itemsize, 0.0),
+        "conv_backward_kernel": rows_below if separate else fused,
+        **({"conv_weight_kernel": matrices} if separate else {}),
+    }
 
 
 def copy_work(device: str, megabytes: int) -> tuple[Callable[[], object], float]:

@@ -17,8 +17,9 @@ from torch import Tensor
 
 import convwave as cw
 from benchmarks import breakeven as prediction
+from benchmarks import ladder as rungs
 from benchmarks import roofline as limits
-from benchmarks.competitors import Network, Stack, compiled
+from benchmarks.competitors import MAX_AUTOTUNE, Network, Stack, compiled
 from benchmarks.harness import (
     Competitor,
     Point,
@@ -28,7 +29,7 @@ from benchmarks.harness import (
     Work,
     absent,
     compare,
-    kernel_times,
+    kernel_launches,
     numeric_flags,
     operators,
     statistics,
@@ -144,14 +145,14 @@ def _names(plan: Plan, point: Point, count: int, training: bool, with_compiled: 
             task.padded_conv1d("Conv1d, padded names, compiled", compile=True),
         ]
         if plan.cuda:
-            competitors.append(task.windowed("windowed MLP, max-autotune", "max-autotune", compile=True))
+            competitors.append(task.windowed("windowed MLP, max-autotune", MAX_AUTOTUNE, compile=True))
     return _network_rows(task, competitors, point, plan.settings)
 
 
 def context(plan: Plan) -> list[Step]:
     """Width 128, contexts from 8 tokens: windows against the convolution, with the ratio of their FLOP beside."""
     levels: tuple[int, ...] = (10, 3, 6, 8, 4, 5, 7, 9, 11, 12)
-    nodes = 2**21 if plan.cuda else 2**20
+    nodes = 2**21 if plan.cuda else 2**19
     if plan.quick:
         levels, nodes = (3, 5, 7), 2**13
     steps = []
@@ -242,6 +243,8 @@ def _width(plan: Plan, point: Point, channels: int, precision: str, training: bo
         competitors = [task.matmul(), task.conv1d(), task.convwave("convwave, eager"), task.pytorch_tcn()]
         if plan.cuda:
             competitors.append(task.convwave("convwave, triton", backend="triton"))
+            if precision == "float32":
+                competitors.append(task.convwave("convwave, triton, ieee", backend="triton", precision="ieee"))
             competitors.append(_deterministic(task.conv1d("Conv1d + BatchNorm1d + tanh, deterministic")))
         if not plan.quick and (plan.cuda or (channels == 128 and precision == "float32")):
             competitors += [
@@ -250,8 +253,8 @@ def _width(plan: Plan, point: Point, channels: int, precision: str, training: bo
             ]
         if plan.cuda and channels in (128, 512):
             competitors += [
-                task.matmul("two shifted matmuls, max-autotune", compile=True, mode="max-autotune"),
-                task.conv1d("Conv1d + BatchNorm1d + tanh, max-autotune", compile=True, mode="max-autotune"),
+                task.matmul("two shifted matmuls, max-autotune", compile=True, mode=MAX_AUTOTUNE),
+                task.conv1d("Conv1d + BatchNorm1d + tanh, max-autotune", compile=True, mode=MAX_AUTOTUNE),
             ]
         return compare(
             competitors,
@@ -374,7 +377,7 @@ def _dense_reader(model: cw.ConvWave, tokens: Tensor) -> Work:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# roofline, launches
+# roofline, ladder, launches
 
 
 def roofline(plan: Plan) -> list[Step]:
@@ -446,18 +449,40 @@ def _kernel_limits(
 ) -> list[Row]:
     """The library's kernels one by one, as the profiler times them within a training step."""
     try:
-        times = kernel_times(task.convwave("triton", "triton").make().run, 20)
+        launched = kernel_launches(task.convwave("triton", "triton").make().run, 20)
     except Unavailable as reason:
-        return [absent(point, name, str(reason)) for name in limits.KERNELS]
+        return [absent(point, "kernels", str(reason))]
     rows = []
-    for name, cost in limits.KERNELS.items():
-        launches = [seconds for kernel, each in times.items() if name in kernel for seconds in each]
+    separate = any("conv_weight_kernel" in kernel for kernel, _ in launched)
+    for name, cost in limits.kernels(*shape, separate).items():
+        launches = [seconds for kernel, seconds in launched if name in kernel]
         if not launches:
             rows.append(absent(point, name, "no kernel of this name ran"))
             continue
         row = point.row(name, "kernel_seconds", "s", **statistics(launches))
-        rows += [row, *_limits(point, name, float(row.median or 0), cost(*shape), bandwidth, rate, "one launch")]
+        rows += [row, *_limits(point, name, float(row.median or 0), cost, bandwidth, rate, "one launch")]
     return rows
+
+
+def ladder(plan: Plan) -> list[Step]:
+    """The kernels with one idea more at every step; only a GPU can tell."""
+    precisions = ("float32", "tf32", "bfloat16")
+    steps = []
+    for precision in precisions[:1] if plan.quick else precisions:
+        for name in rungs.RUNGS:
+            point = Point("ladder", f"{name}, {precision}", None, None, plan.device)
+            steps.append(Step(point, functools.partial(_ladder, plan, point, name, precision)))
+    return steps
+
+
+def _ladder(plan: Plan, point: Point, name: str, precision: str) -> list[Row]:
+    if not plan.cuda:
+        return [absent(point, "kernels", "needs a CUDA device")]
+    batch, length, channels = (4, 64, 32) if plan.quick else (64, 1024, 128)
+    with numeric_flags(precision) as dtype:
+        task = Stack(batch, length, channels, 1 if name == "tiles" else 3, dtype, True, plan.device)
+        competitors, expected = rungs.RUNGS[name](task)
+        return compare(competitors, expected, point, plan.settings, positions=task.positions, baseline="PyTorch")
 
 
 def launches(plan: Plan) -> list[Step]:
@@ -484,7 +509,7 @@ def _launches(plan: Plan, point: Point, training: bool) -> list[Row]:
         except Unavailable as reason:
             rows.append(absent(point, competitor.provider, str(reason), "launches"))
             continue
-        count = sum(map(len, kernel_times(run, 1).values())) if plan.cuda else operators(run)
+        count = len(kernel_launches(run, 1)) if plan.cuda else operators(run)
         unit = "kernels" if plan.cuda else "operators"
         rows.append(point.row(competitor.provider, "launches", unit, median=float(count), n=1))
     return rows
@@ -605,6 +630,7 @@ def _short(plan: Plan) -> Settings:
 # ---------------------------------------------------------------------------------------------------------------------
 
 RATE = "positions per second"
+TIMES = "times faster than PyTorch, eager"
 STUDIES = {
     study.name: study
     for study in (
@@ -656,6 +682,19 @@ STUDIES = {
             "How close to the hardware's limit is each piece of work?",
             roofline,
             (Figure("Fraction of the limit, float32", "fraction", "float32", "limit / time", "bars"),),
+        ),
+        Study(
+            "ladder",
+            "What is each idea of the kernels worth?",
+            ladder,
+            (
+                Figure("Forward, training mode, float32", "speedup", "forward, float32", TIMES, "bars"),
+                Figure("Backward, float32", "speedup", "backward, float32", TIMES, "bars"),
+                Figure("Evaluation, float32", "speedup", "eval, float32", TIMES, "bars"),
+                Figure("Tiles of the forward kernel, float32", "speedup", "tiles, float32", TIMES, "bars"),
+                Figure("Forward, training mode, bfloat16", "speedup", "forward, bfloat16", TIMES, "bars"),
+                Figure("Backward, bfloat16", "speedup", "backward, bfloat16", TIMES, "bars"),
+            ),
         ),
         Study(
             "launches",
