@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import html
+import importlib.util
 import io
 import math
 from collections.abc import Mapping, Sequence
@@ -89,7 +90,9 @@ def short_number(value: float) -> str:
 
 
 def png(documents: Sequence[Document]) -> bytes | None:
-    """All pictures of some studies, side by side, as a PNG; None where there is nothing to draw."""
+    """All pictures of some studies, side by side, as a PNG; None where there is nothing to draw, or no matplotlib."""
+    if importlib.util.find_spec("matplotlib") is None:
+        return None
     from matplotlib.figure import Figure as Canvas
 
     drawn = [(document, chart) for document in documents for chart in charts(document)]

@@ -79,7 +79,7 @@ def run_studies(
         write()
         show(document, console)
         picture = out / ("studies.png" if bundle else f"{name}.png")
-        drawn = charts.png(documents if bundle else [document])
+        drawn = charts.png([each for _, each in read_documents(out).values()] if bundle else [document])
         if drawn is not None:
             write_atomic(picture, drawn)
         files = [out / (BUNDLE if bundle else f"{name}.json"), *([picture] if drawn is not None else [])]

@@ -2,21 +2,24 @@
 
     python3 benchmarks/gpu.py
 
-It needs Python with torch, triton, pytest, hypothesis, numpy, safetensors, rich and matplotlib, and no network. It
-makes the checkout importable, runs the GPU tests, then all studies, within nine minutes, and writes to the folder $OUT
-(default benchmarks/results/DEVICE/):
+It needs Python with torch, triton, numpy, pytest, hypothesis, safetensors and rich, with matplotlib draws pictures too,
+and needs no network. It makes the checkout importable, runs the GPU tests, then all studies, within nine minutes, and
+writes to the folder $OUT (default benchmarks/results/DEVICE/):
 
     tests.txt      what pytest said
     studies.json   every figure, written after every step of every study
     studies.png    the pictures of the studies that are done
     studies.txt    the tables
+    report.html    all of it on one page
 
-Whatever stops it, these files hold what was done until then. `convwave bench --report` makes the page of them.
+Whatever stops it, the first four hold what was done until then, and `convwave bench --report` makes the page of them.
+Every study is a process of its own: after a CUDA error nothing more runs in the process that met it.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import os
 import subprocess
 import sys
@@ -26,8 +29,12 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 # what compiles little comes first, so that a short run has seen most of the questions
-ORDER = ("roofline", "launches", "context", "train", "sample", "breakeven", "width", "names")
-TESTS_SHARE = 0.35
+ORDER = ("roofline", "ladder", "launches", "context", "train", "sample", "breakeven", "width", "names")
+TESTS_SHARE = 0.35  # of the time, at most
+BUDGET_SHARE = 0.8  # of a study's time; the rest is for starting, and for the step that runs when the time is up
+OVERTIME = 2.0  # after so many times its share a study is killed
+NEEDED = ("torch", "triton", "numpy", "pytest", "hypothesis", "safetensors", "rich")
+FILES = ("tests.txt", "studies.json", "studies.png", "studies.txt", "report.html")
 
 
 def main() -> int:
@@ -40,11 +47,14 @@ def main() -> int:
     args = parser.parse_args()
     ends = time.monotonic() + args.seconds
 
+    missing = [name for name in NEEDED if importlib.util.find_spec(name) is None]
+    if missing:
+        sys.exit(f"gpu: needs the packages {', '.join(NEEDED)}, missing: {', '.join(missing)}")
     environment = importable(dict(os.environ))
     where = os.environ.get("OUT")
-    out = Path(where) if where else ROOT / "benchmarks/results" / device_folder(args.device, environment)
+    out = Path(where).resolve() if where else ROOT / "benchmarks/results" / device_folder(args.device, environment)
     out.mkdir(parents=True, exist_ok=True)
-    for name in ("tests.txt", "studies.json", "studies.png", "studies.txt"):  # of an earlier run
+    for name in FILES:  # of an earlier run
         (out / name).unlink(missing_ok=True)
     candidates = [folder / "shared/data/names.txt" for folder in (ROOT, ROOT.parent)]
     data = next((path for path in candidates if path.is_file()), None)
@@ -56,11 +66,17 @@ def main() -> int:
     no_tests = 5  # pytest's status when it selected none
     print(f"tests: {'none is marked gpu' if tests == no_tests else 'passed' if tests == 0 else 'FAILED'}", flush=True)
 
-    left = ends - time.monotonic()
-    bench = ["-m", "convwave", "bench", *ORDER, "--device", args.device, "--bundle", "--out", str(out)]
-    bench += [f"--budget={0.85 * left:.0f}", *(["--quick"] if args.quick else [])]
-    studies = run(bench, out / "studies.txt", environment, left)
-    print(f"studies: {'done' if studies == 0 else 'cut short or wrong, see studies.txt'}", flush=True)
+    studies = 0
+    for i, name in enumerate(ORDER):
+        left = ends - time.monotonic()
+        share = left / (len(ORDER) - i)
+        bench = ["-m", "convwave", "bench", name, "--device", args.device, "--bundle", "--out", str(out)]
+        bench += [f"--budget={BUDGET_SHARE * share:.0f}", *(["--quick"] if args.quick else [])]
+        status = run(bench, out / "studies.txt", environment, min(left, OVERTIME * share))
+        print(f"{name}: {'done' if status == 0 else 'wrong or cut short, see studies.txt'}", flush=True)
+        studies = studies or status
+    report = [sys.executable, "-m", "convwave", "bench", "--report", "--out", str(out)]
+    subprocess.run(report, cwd=ROOT, env=environment, capture_output=True, check=False)
     print(f"written to {out}: {', '.join(sorted(path.name for path in out.iterdir()))}", flush=True)
     return int(tests not in (0, no_tests) or studies != 0)
 
@@ -110,13 +126,14 @@ def device_folder(device: str, environment: dict[str, str]) -> str:
     code = f"from convwave.provenance import device_name; print(device_name({device!r}))"
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
     if done.returncode:
-        sys.exit(f"gpu: device {device!r} is not available: {done.stderr.strip().splitlines()[-1]}")
+        reason = done.stderr.strip().splitlines()[-1]
+        sys.exit(f"gpu: needs a device {device!r}, there is none here: {reason}")
     return "-".join("".join(c if c.isalnum() else " " for c in done.stdout.lower()).split())
 
 
 def run(arguments: list[str], log: Path, environment: dict[str, str], seconds: float) -> int:
-    """Run Python in the checkout, its output in a file; killed when the time is up. Returns the exit status."""
-    with log.open("w") as file:
+    """Run Python in the checkout, its output at the end of a file; killed when the time is up. The exit status."""
+    with log.open("a") as file:
         try:
             done = subprocess.run(
                 [sys.executable, *arguments],

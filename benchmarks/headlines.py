@@ -8,6 +8,7 @@ from typing import Any
 
 from benchmarks.charts import short_number
 from benchmarks.documents import Document, read_documents
+from benchmarks.harness import TOO_NOISY
 
 NOT_MEASURED = "not measured"
 Documents = Mapping[str, tuple[Path, Document]]
@@ -90,7 +91,8 @@ def _speedup(documents: Documents, study: str, provider: str, mode: str, x: Any)
         return NOT_MEASURED
     spread = f"{short_number(ratio['p05'])} to {short_number(ratio['p95'])}"
     unit = "characters/s" if study == "sample" else "positions/s"
-    return f"{short_number(ratio['median'])} times ({spread}); {short_number(rate['median'])} {unit}"
+    noisy = " ~" if (ratio["drift"] or 0.0) > TOO_NOISY else ""
+    return f"{short_number(ratio['median'])} times ({spread}){noisy}; {short_number(rate['median'])} {unit}"
 
 
 def _over_compiled(documents: Documents) -> str:

@@ -135,9 +135,10 @@ def _headlines(found: dict[str, Any]) -> str:
     head = "".join(f"<th>{escape(name)}</th>" for name in heads)
     lines = []
     for i, (question, _, study) in enumerate(next(iter(columns.values()))):
-        values = [answers[i][1] for answers in columns.values()] + ([] if gpu else [NOT_MEASURED])
+        values = [_linked(answers[i][1], folder, found[folder], study) for folder, answers in columns.items()]
+        values += [] if gpu else [NOT_MEASURED]
         shown = "".join(
-            f'<td data-device="{escape(name)}"{" class=absent" * (value == NOT_MEASURED)}>{escape(value)}</td>'
+            f'<td data-device="{escape(name)}"{" class=absent" * (value == NOT_MEASURED)}>{value}</td>'
             for name, value in zip(heads, values, strict=True)
         )
         lines.append(
@@ -149,6 +150,17 @@ def _headlines(found: dict[str, Any]) -> str:
     )
 
 
+def _linked(value: str, folder: str, documents: Any, study: str) -> str:
+    """A headline as a link to its JSON."""
+    if value == NOT_MEASURED:
+        return value
+    return f'<a href="{escape(_link(folder, documents[study][0]))}">{escape(value)}</a>'
+
+
+def _link(folder: str, path: Path) -> str:
+    return path.name if folder == "." else f"{folder}/{path.name}"
+
+
 def _device(folder: str, documents: Any) -> str:
     parts = [f"<h2>{escape(device_of(documents))}</h2>"]
     for name, study in STUDIES.items():
@@ -157,8 +169,7 @@ def _device(folder: str, documents: Any) -> str:
             parts.append(f'<p class="quiet">{name}: {NOT_MEASURED}</p>')
             continue
         path, document = documents[name]
-        link = path.name if folder == "." else f"{folder}/{path.name}"
-        parts.append(_study(document, link))
+        parts.append(_study(document, _link(folder, path)))
     return f"<section>{''.join(parts)}</section>"
 
 
