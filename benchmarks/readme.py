@@ -163,6 +163,8 @@ def figures() -> str:
 
 def bench() -> str:
     found = devices(RESULTS)
+    if not found:
+        return NOT_MEASURED
     gpu = any(row["device"].startswith("cuda") for d in found.values() for _, doc in d.values() for row in doc["rows"])
     columns = {device_of(documents): headlines(documents) for documents in found.values()}
     questions = next(iter(columns.values()))

@@ -60,7 +60,8 @@ table { border-collapse: collapse; font-size: .875rem; font-variant-numeric: tab
 th, td { padding: .3rem .75rem .3rem 0; text-align: left; vertical-align: top; border-bottom: 1px solid var(--rule); }
 thead th { color: var(--quiet); font-weight: 500; }
 td.number { white-space: nowrap; }
-td.absent { color: var(--quiet); }
+td.absent { color: var(--quiet); white-space: nowrap; }
+.stack code { white-space: nowrap; }
 details { margin: .75rem 0; }
 summary { cursor: pointer; }
 @media (max-width: 40rem) {

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 import convwave as cw
-from benchmarks import breakeven, charts, gpu, harness, ladder, roofline
+from benchmarks import breakeven, charts, gpu, harness, ladder, repeat, roofline
 from benchmarks.command import cells, run_studies
 from benchmarks.competitors import Network, Stack
 from benchmarks.documents import RESULTS, noisy_rows, read_documents
@@ -416,6 +416,39 @@ def test_the_table_and_the_file_say_that_the_machine_is_too_noisy(
     assert "machine too noisy: 1 of 1" in capsys.readouterr().err
     assert any("~" in cell for line in cells(document) for cell in line)
     assert "Machine too noisy for 1 of its times" in page(tmp_path)
+
+
+def test_two_runs_are_compared_median_against_median(
+    tmp_path: Path,
+    words: cw.Words,
+    monkeypatch: pytest.MonkeyPatch,
+    clock: dict[str, Iterator[float]],
+    capsys,
+) -> None:
+    def run(folder: str, *seconds: float) -> Path:
+        def step() -> list[Row]:
+            clock["it"] = iter(seconds)
+            return compare([competitor("it", lambda: "it")], TRUTH, Point("names", "train", "names", 1), FAST)
+
+        monkeypatch.setitem(STUDIES, "names", study(step))
+        bench(["names"], tmp_path / folder, words)
+        return tmp_path / folder
+
+    monkeypatch.setattr(charts, "png", lambda documents: None)
+    first = run("first", *[1.0] * 6)
+    near, far = run("near", *[1.09] * 6), run("far", *[0.8] * 6)
+    noisy = run("noisy", *[1.0] * 3, *[3.0] * 3)
+    capsys.readouterr()
+    assert repeat.main([str(first), str(near)]) == 0
+    assert repeat.main([str(first), str(noisy)]) == 0
+    assert repeat.main([str(first), str(far)]) == 1
+    assert repeat.main([str(first), str(tmp_path / "nowhere")]) == 2
+    assert capsys.readouterr().out.splitlines() == [
+        "1 times: 1 repeat within 10%, 0 do not, 0 were called too noisy",
+        "1 times: 0 repeat within 10%, 0 do not, 1 were called too noisy",
+        "names, train, 1, it: 25.0% apart",
+        "1 times: 0 repeat within 10%, 1 do not, 0 were called too noisy",
+    ]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
