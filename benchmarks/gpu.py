@@ -30,7 +30,9 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 # what compiles little comes first, so that a short run has seen most of the questions
 ORDER = ("roofline", "ladder", "launches", "context", "train", "sample", "breakeven", "width", "names")
+TESTS = "(gpu or test_kernels) and not aot and not test_bench"  # marked gpu, or on the GPU where there is one
 TESTS_SHARE = 0.35  # of the time, at most
+NO_TESTS, KILLED = 5, 124  # exit statuses: pytest's when it selected none, and ours after the time was up
 BUDGET_SHARE = 0.8  # of a study's time; the rest is for starting, and for the step that runs when the time is up
 OVERTIME = 2.0  # after so many times its share a study is killed
 NEEDED = ("torch", "triton", "numpy", "pytest", "hypothesis", "safetensors", "rich")
@@ -61,10 +63,10 @@ def main() -> int:
     if data is not None:
         environment.setdefault("CONVWAVE_DATA", str(data))
 
-    pytest = ["-m", "pytest", "-m", "gpu", "-q", "-rs", "-p", "no:cacheprovider", "-o", "addopts=", args.tests]
+    pytest = ["-m", "pytest", "-k", TESTS, "-v", "--tb=short", "-p", "no:cacheprovider", "-o", "addopts=", args.tests]
     tests = run(pytest, out / "tests.txt", environment, TESTS_SHARE * args.seconds)
-    no_tests = 5  # pytest's status when it selected none
-    print(f"tests: {'none is marked gpu' if tests == no_tests else 'passed' if tests == 0 else 'FAILED'}", flush=True)
+    outcome = {0: "passed", NO_TESTS: "none selected", KILLED: "cut short, see tests.txt"}.get(tests, "FAILED")
+    print(f"tests: {outcome}", flush=True)
 
     studies = 0
     for i, name in enumerate(ORDER):
@@ -78,7 +80,7 @@ def main() -> int:
     report = [sys.executable, "-m", "convwave", "bench", "--report", "--out", str(out)]
     subprocess.run(report, cwd=ROOT, env=environment, capture_output=True, check=False)
     print(f"written to {out}: {', '.join(sorted(path.name for path in out.iterdir()))}", flush=True)
-    return int(tests not in (0, no_tests) or studies != 0)
+    return int(tests not in (0, NO_TESTS) or studies != 0)
 
 
 def importable(environment: dict[str, str]) -> dict[str, str]:
@@ -146,7 +148,7 @@ def run(arguments: list[str], log: Path, environment: dict[str, str], seconds: f
             )
         except subprocess.TimeoutExpired:
             file.write(f"\nstopped after {seconds:.0f} s\n")
-            return 124
+            return KILLED
     return done.returncode
 
 

@@ -237,7 +237,7 @@ def width(plan: Plan) -> list[Step]:
 
 
 def _width(plan: Plan, point: Point, channels: int, precision: str, training: bool) -> list[Row]:
-    batch, length = (64, 1024) if plan.cuda else (4, 64) if plan.quick else (16, 128)
+    batch, length = (64, 1024) if plan.cuda else (4, 64) if plan.quick else (8, 128)
     with numeric_flags(precision) as dtype:
         task = Stack(batch, length, channels, 3, dtype, training, plan.device)
         competitors = [task.matmul(), task.conv1d(), task.convwave("convwave, eager"), task.pytorch_tcn()]
