@@ -67,16 +67,31 @@ class Network:
         model: on the CPU, float32, ``unbiased=False``, as nn.BatchNorm1d is.
         training: loss and gradients in training mode, or logits in evaluation mode.
         device: where to run.
+        windows: how many the windowed MLP evaluates, the last ones; None means all. It takes equally long for each, and
+            more of them than fit into memory need not be compared.
     """
 
-    def __init__(self, packed: cw.Packed, model: cw.ConvWave, training: bool, device: str) -> None:
+    def __init__(
+        self, packed: cw.Packed, model: cw.ConvWave, training: bool, device: str, windows: int | None = None
+    ) -> None:
         self.packed, self.model, self.training, self.device = packed, model, training, device
         self.positions = len(packed)
+        self.windows = windows or self.positions
 
-    def expected(self, model: cw.ConvWave | None = None) -> Results:
-        """The result in float64, from the windowed MLP's function evaluated densely (equal: `convwave verify`)."""
+    def expected(self, model: cw.ConvWave | None = None, last: int | None = None) -> Results:
+        """The result in float64, from the windowed MLP's function evaluated densely (equal: `convwave verify`).
+
+        Args:
+            model: another network than the task's.
+            last: only so many windows, the last ones, count.
+        """
         model = self._copy(model or self.model).to(self.device, torch.float64)
-        return self._work(model, self.graph("dense").to(self.device)).result()
+        last = last or self.positions
+        counts = torch.zeros(self.positions, dtype=torch.float64)
+        counts[-last:] = 1
+        graph = cw.dense_graph(self.packed, factors=model.factors, counts=counts).to(self.device)
+        result = self._work(model, graph).result()
+        return result if self.training else {"logits": result["logits"][-last:]}
 
     def windowed(self, name: str = "windowed MLP", mode: str | None = None, compile: bool = False) -> Competitor:
         """The windowed MLP of torch.nn's modules."""
@@ -84,7 +99,7 @@ class Network:
         def make(dtype: torch.dtype = torch.float32, compile: bool = compile) -> Work:
             mlp = cw.to_torch(self.model).to(self.device, dtype).train(self.training)
             windows = reference.build_windows(self.packed, self.model.context)
-            inputs, targets = windows.inputs.to(self.device), windows.targets.to(self.device)
+            inputs, targets = (t[-self.windows :].to(self.device) for t in windows)
             call = compiled(mlp, mode) if compile else mlp
             linears = [module for module in mlp if isinstance(module, nn.Linear)]
             matrices = [linear.weight for linear in linears[:-1]]
@@ -100,6 +115,8 @@ class Network:
             name,
             make,
             exact=lambda: make(torch.float64, compile=False).result(),
+            positions=self.windows,
+            expected=None if self.windows == self.positions else self.expected(last=self.windows),
             replays=mode == MAX_AUTOTUNE,
         )
 

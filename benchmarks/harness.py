@@ -379,9 +379,9 @@ def compare(
         memory: whether to measure the peak.
 
     Returns:
-        Rows of metrics "seconds", "positions_per_second", "speedup", "peak_bytes", on CUDA "graph_seconds" and
-        "kernel_seconds" too. A competitor that is wrong, or cannot run, has one row of metric "seconds" without
-        numbers.
+        Rows of metrics "seconds", "positions_per_second", "speedup", "peak_bytes", "bytes_per_position", on CUDA
+        "graph_seconds" and "kernel_seconds" too. A competitor that is wrong, or cannot run, has one row of metric
+        "seconds" without numbers.
     """
     rows: list[Row] = []  # of those that cannot be timed
     entries: list[_Entry] = []
@@ -475,6 +475,8 @@ def _rows(
     if memory:
         peak = float(peak_bytes(entry.work.run, settings.device))
         rows.append(point.row(provider, "peak_bytes", "B", **statistics([peak]), **checked))
+        if count:
+            rows.append(point.row(provider, "bytes_per_position", "B", **statistics([peak / count]), **checked))
     return rows
 
 

@@ -152,26 +152,28 @@ def _names(plan: Plan, point: Point, count: int, training: bool, with_compiled: 
 def context(plan: Plan) -> list[Step]:
     """Width 128, contexts from 8 tokens: windows against the convolution, with the ratio of their FLOP beside."""
     levels: tuple[int, ...] = (10, 3, 6, 8, 4, 5, 7, 9, 11, 12)
-    nodes = 2**21 if plan.cuda else 2**19
+    positions, nodes = 4096, 2**21 if plan.cuda else 2**18
     if plan.quick:
-        levels, nodes = (3, 5, 7), 2**13
+        levels, positions, nodes = (3, 5, 7), 256, 2**12
     steps = []
     for level in levels:
         for mode, training in MODES.items():
             point = Point("context", mode, "context", 2**level, plan.device)
-            positions = max(32, min(4096, nodes // 2**level))
-            steps.append(Step(point, functools.partial(_context, plan, point, level, positions, training)))
+            windows = min(positions, nodes // 2**level)
+            measure = functools.partial(_context, plan, point, level, positions, windows, training)
+            steps.append(Step(point, measure))
     return steps
 
 
-def _context(plan: Plan, point: Point, levels: int, positions: int, training: bool) -> list[Row]:
+def _context(plan: Plan, point: Point, levels: int, positions: int, windows: int, training: bool) -> list[Row]:
+    """The convolution over one long text; the windowed MLP over as many of its last windows as have so many nodes."""
     width = 32 if plan.quick else 128
-    task = Network(plan.document(positions), plan.network(width, width, levels), training, plan.device)
+    task = Network(plan.document(positions), plan.network(width, width, levels), training, plan.device, windows)
     competitors = [task.windowed(), task.convolution("dense")]
     if plan.cuda:
         competitors.append(task.convolution("dense", "dense, triton", backend="triton"))
     rows = _network_rows(task, competitors, point, plan.settings)
-    note = f"{positions} positions, width {width}"
+    note = f"{positions} positions, {windows} windows, width {width}"
     ratio = {"median": (2**levels - 1) / levels, "n": 1, "note": f"(2^{levels} - 1) / {levels}"}
     return [replace(row, note=row.note or note) for row in rows] + [point.row("FLOP ratio", "speedup", "x", **ratio)]
 
@@ -651,7 +653,7 @@ STUDIES = {
                 Figure("Training: speed-up over the windowed MLP", "speedup", "train", "times faster"),
                 Figure("Evaluation: speed-up over the windowed MLP", "speedup", "eval", "times faster"),
                 Figure("Training: rate", "positions_per_second", "train", RATE),
-                Figure("Training: peak memory", "peak_bytes", "train", "bytes"),
+                Figure("Training: peak memory", "bytes_per_position", "train", "bytes per position"),
             ),
         ),
         Study(
