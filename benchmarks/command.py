@@ -136,8 +136,8 @@ def show(document: Document, console: Console) -> None:
     if noisy:
         timed = sum(row["metric"] == "seconds" and row["n"] > 1 for row in document["rows"])
         console.print(
-            f"machine too noisy: {len(noisy)} of {timed} times, marked ~, differ by more than {TOO_NOISY:.0%} between "
-            "the earlier and the later half of their rounds"
+            f"machine too noisy: {len(noisy)} of {timed} times, marked ~, may differ by more than {TOO_NOISY:.0%} in "
+            "another run"
         )
 
 
@@ -183,7 +183,7 @@ def _cells(rows: list[dict[str, Any]]) -> list[str]:
     spread = ""
     if timed and seconds is not None and seconds["p05"] is not None:
         spread = f"{duration(seconds['p05'])} to {duration(seconds['p95'])}"
-    noisy = seconds is not None and (seconds["drift"] or 0.0) > TOO_NOISY
+    noisy = seconds is not None and (seconds["noise"] or 0.0) > TOO_NOISY
     more = [
         f"{number(metric)} {unit}".strip()
         for metric, unit in (

@@ -50,11 +50,11 @@ def new_document(study: str, plan: Plan, command: str, words: cw.Words) -> Docum
 
 
 def noisy_rows(rows: list[dict[str, Any]]) -> list[str]:
-    """Which times did not repeat: the medians of the two halves of their rounds differ by more than 10 %."""
+    """Which times are not to be relied on: another run's median may differ by more than 10 %."""
     return [
         f"{row['provider']}, {row['mode']}" + (f", {row['x']} {row['x_name']}" if row["x"] is not None else "")
         for row in rows
-        if row["metric"] == "seconds" and row["drift"] is not None and row["drift"] > TOO_NOISY
+        if row["metric"] == "seconds" and row["noise"] is not None and row["noise"] > TOO_NOISY
     ]
 
 

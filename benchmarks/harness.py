@@ -5,8 +5,9 @@
 - *Interleaved.* A round times every competitor once, in an order that is drawn anew; so a machine whose speed drifts
   slows all of them alike, and a speed-up is the median of the ratios within rounds.
 - *Quantiles.* Every figure is a median with its 5, 25, 75 and 95 % quantiles and the number of samples.
-- *Noise.* The rounds are cut into an earlier and a later half. Where their medians differ by more than 10 % the row
-  says so (`drift`) and the study prints "machine too noisy".
+- *Noise.* How far another run's median may lie from this one, as far as one run can tell: the larger of how far the
+  medians of the earlier and the later rounds are apart and of the median's 95 % interval. Above 10 % the time is marked
+  and the study says "machine too noisy".
 
 On CUDA a sample is wall time between synchronisations; beside it stand the replay of the same work as a CUDA graph,
 which has no launch overhead, and the time that kernels were running, from the profiler.
@@ -120,7 +121,7 @@ class Row:
     p75: float | None = None
     p95: float | None = None
     n: int = 0
-    drift: float | None = None
+    noise: float | None = None
     status: str = "ok"
     error: float | None = None
     bound: float | None = None
@@ -156,18 +157,24 @@ def quantiles(samples: Sequence[float]) -> dict[str, float]:
     return {name: at(q) for name, q in QUANTILES.items()}
 
 
-def drift(samples: Sequence[float]) -> float:
-    """By how much the medians of the earlier and the later half differ, relative to the smaller."""
+def noise(samples: Sequence[float]) -> float:
+    """How far the median may be off, relative to it; 0 for less than four samples, which cannot say.
+
+    The larger of two estimates: by how much the medians of the earlier and the later half differ, and 1.57
+    interquartile ranges over the square root of the number of samples, McGill's 95 % interval of a median.
+    """
     half = len(samples) // 2
     if half < 2:
         return 0.0
     first, second = (quantiles(part)["median"] for part in (samples[:half], samples[-half:]))
-    return max(first, second) / max(min(first, second), 1e-300) - 1
+    apart = max(first, second) / max(min(first, second), 1e-300) - 1
+    whole = quantiles(samples)
+    return max(apart, 1.57 * (whole["p75"] - whole["p25"]) / len(samples) ** 0.5 / max(whole["median"], 1e-300))
 
 
 def statistics(samples: Sequence[float]) -> dict[str, Any]:
     """The fields of a row that samples determine."""
-    return {**quantiles(samples), "n": len(samples), "drift": drift(samples)}
+    return {**quantiles(samples), "n": len(samples), "noise": noise(samples)}
 
 
 # ---------------------------------------------------------------------------------------------------------------------

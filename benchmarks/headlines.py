@@ -100,7 +100,7 @@ def _speedup(documents: Documents, study: str, provider: str, mode: str, x: Any)
         return NOT_MEASURED
     spread = f"{short_number(ratio['p05'])} to {short_number(ratio['p95'])}"
     unit = "characters/s" if study == "sample" else "positions/s"
-    noisy = " ~" if (ratio["drift"] or 0.0) > TOO_NOISY else ""
+    noisy = " ~" if (ratio["noise"] or 0.0) > TOO_NOISY else ""
     return f"{short_number(ratio['median'])} times ({spread}){noisy}; {short_number(rate['median'])} {unit}"
 
 

@@ -32,7 +32,7 @@ def differences(first: Path, second: Path) -> list[Difference]:
     for where in before.keys() & after.keys():
         a, b = before[where], after[where]
         low, high = sorted((a["median"], b["median"]))
-        noisy = max(a["drift"], b["drift"]) > TOO_NOISY
+        noisy = max(a["noise"], b["noise"]) > TOO_NOISY
         found.append(Difference(", ".join(map(str, where)), high / low - 1, noisy))
     return sorted(found, key=lambda d: -d.relative)
 
@@ -42,7 +42,7 @@ def _times(folder: Path) -> dict[tuple[Any, ...], dict[str, Any]]:
         tuple(part for part in (name, row["mode"], row["x"], row["provider"]) if part is not None): row
         for name, (_, document) in read_documents(folder).items()
         for row in document["rows"]
-        if row["metric"] == "seconds" and row["median"] is not None and row["drift"] is not None
+        if row["metric"] == "seconds" and row["median"] is not None and row["noise"] is not None
     }
 
 

@@ -124,8 +124,8 @@ def _introduction() -> str:
         "<p>When is a dilated convolution faster than windows, and how close is each kernel to the hardware's limit? "
         "Every competitor's result is checked against float64 before it is timed; one that is wrong has no time. "
         "All are timed in turn, round by round; a figure is a median, with its 5 and 95 % quantiles (the bands in the "
-        "pictures), and a speed-up is the median of the ratios within rounds. Times marked ~ did not repeat within "
-        "10 % between the earlier and the later half of their rounds.</p>"
+        "pictures), and a speed-up is the median of the ratios within rounds. Times marked ~ may differ by more than "
+        "10 % in another run, judging by their spread and by how the later rounds differ from the earlier ones.</p>"
     )
 
 

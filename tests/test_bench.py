@@ -31,7 +31,7 @@ from benchmarks.harness import (
     Unavailable,
     Work,
     compare,
-    drift,
+    noise,
     numeric_flags,
     per_call,
     quantiles,
@@ -75,15 +75,18 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> dict[str, Iterator[float]]:
 # Statistics
 
 
-def test_quantiles_and_drift() -> None:
+def test_quantiles_and_noise() -> None:
     samples = [float(i) for i in range(101)]
     assert quantiles(samples[::-1]) == {"p05": 5, "p25": 25, "median": 50, "p75": 75, "p95": 95}
     assert quantiles([3.0]) == dict.fromkeys(harness.QUANTILES, 3.0)
     assert quantiles([1.0, 2.0])["median"] == 1.5
-    assert drift([1.0, 1.0, 1.2, 1.2]) == pytest.approx(0.2)
-    assert drift([1.2, 1.2, 1.0, 1.0]) == pytest.approx(0.2)  # faster is as bad as slower
-    assert drift([1.0, 50.0, 1.0, 1.0, 1.0, 50.0]) == 0  # medians bear an outlier
-    assert drift([1.0, 9.0, 9.0]) == 0  # too few to say
+    assert noise([1.0] * 6) == 0
+    assert noise([1.0] * 50 + [1.2] * 50) == pytest.approx(0.2)
+    assert noise([1.2] * 50 + [1.0] * 50) == pytest.approx(0.2)  # faster is as bad as slower
+    assert noise([1.0, 50.0, 1.0, 1.0, 1.0, 1.0]) == 0  # medians bear an outlier
+    wide = [1.0, 2.0, 3.0, 3.0, 2.0, 1.0] * 2  # the halves agree, yet the median is uncertain
+    assert noise(wide) == pytest.approx(1.57 * (3 - 1) / 12**0.5 / 2)
+    assert noise([1.0, 9.0, 9.0]) == 0  # too few to say
 
 
 def test_every_round_times_every_competitor_once_in_an_order_of_its_own() -> None:
@@ -101,8 +104,8 @@ def test_a_speed_up_is_the_median_of_the_ratios_within_rounds(clock: dict[str, I
     pair = [competitor(name, lambda name=name: name) for name in ("base", "fast")]
     rows = compare(pair, TRUTH, HERE, FAST, positions=10, baseline="base", memory=False)
     speedup = only(rows, "fast", "speedup")
-    assert (speedup.median, speedup.drift, speedup.n) == (2.0, 0.0, 6)
-    assert only(rows, "fast").drift == pytest.approx(2.0)
+    assert (speedup.median, speedup.noise, speedup.n) == (2.0, 0.0, 6)
+    assert only(rows, "fast").noise == pytest.approx(2.0)
     assert only(rows, "base", "positions_per_second").median == pytest.approx((10 / 2 + 10 / 6) / 2)
     assert not [row for row in rows if row.provider == "base" and row.metric == "speedup"]
     assert noisy_rows([row.to_json() for row in rows]) == ["base, train", "fast, train"]
