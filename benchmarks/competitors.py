@@ -48,9 +48,10 @@ def compiled(function: Callable[..., Any], mode: str | None = None) -> Callable[
 @functools.cache
 def _compiler_is_missing() -> str:
     """Why nothing can be compiled here, or nothing."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        torch.compile(lambda x: x + 1, dynamic=False)(torch.zeros(2))
-    except Exception as error:  # whatever Inductor raises without a C++ compiler
+        torch.compile(lambda x: x + 1, dynamic=False)(torch.zeros(2, device=device))
+    except Exception as error:  # whatever Inductor raises without a compiler
         return first_line(error)
     return ""
 

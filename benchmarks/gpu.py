@@ -31,7 +31,8 @@ ROOT = Path(__file__).resolve().parent.parent
 # what compiles little comes first, so that a short run has seen most of the questions
 ORDER = ("roofline", "ladder", "launches", "context", "train", "sample", "breakeven", "width", "names")
 TESTS = "(gpu or test_kernels) and not aot and not test_bench"  # marked gpu, or on the GPU where there is one
-TESTS_SHARE = 0.35  # of the time, at most
+PARTS = {"width": 4, "ladder": 2}  # of the time, where others have 1
+TESTS_SHARE = 0.25  # of the time, at most
 NO_TESTS, KILLED = 5, 124  # exit statuses: pytest's when it selected none, and ours after the time was up
 BUDGET_SHARE = 0.8  # of a study's time; the rest is for starting, and for the step that runs when the time is up
 OVERTIME = 2.0  # after so many times its share a study is killed
@@ -71,7 +72,7 @@ def main() -> int:
     studies = 0
     for i, name in enumerate(ORDER):
         left = ends - time.monotonic()
-        share = left / (len(ORDER) - i)
+        share = left * PARTS.get(name, 1) / sum(PARTS.get(later, 1) for later in ORDER[i:])
         bench = ["-m", "convwave", "bench", name, "--device", args.device, "--bundle", "--out", str(out)]
         bench += [f"--budget={BUDGET_SHARE * share:.0f}", *(["--quick"] if args.quick else [])]
         status = run(bench, out / "studies.txt", environment, min(left, OVERTIME * share))

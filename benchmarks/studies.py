@@ -230,42 +230,56 @@ def width(plan: Plan) -> list[Step]:
     widths = (16, 32) if plan.quick else (128, 64, 256, 512, 1024)
     precisions = ("float32", "tf32", "bfloat16", "float16") if plan.cuda else ("float32", "bfloat16", "float64")
     steps = []
-    for precision in precisions[:1] if plan.quick else precisions:
-        for channels in widths:
+    for channels in widths:
+        for precision in precisions[:1] if plan.quick else precisions:
             for mode, training in MODES.items():
                 point = Point("width", f"{mode}, {precision}", "channels", channels, plan.device)
                 steps.append(Step(point, functools.partial(_width, plan, point, channels, precision, training)))
+    for precision in ("float32", "bfloat16") if plan.cuda and not plan.quick else ():
+        for mode, training in MODES.items():
+            point = Point("width", f"{mode}, {precision}, {MAX_AUTOTUNE}", "channels", 128, plan.device)
+            steps.append(Step(point, functools.partial(_tuned, plan, point, 128, precision, training)))
     return steps
 
 
-def _width(plan: Plan, point: Point, channels: int, precision: str, training: bool) -> list[Row]:
+def _stack(plan: Plan, channels: int, dtype: torch.dtype, training: bool) -> Stack:
     batch, length = (64, 1024) if plan.cuda else (4, 64) if plan.quick else (8, 128)
+    return Stack(batch, length, channels, 3, dtype, training, plan.device)
+
+
+def _width(plan: Plan, point: Point, channels: int, precision: str, training: bool) -> list[Row]:
     with numeric_flags(precision) as dtype:
-        task = Stack(batch, length, channels, 3, dtype, training, plan.device)
+        task = _stack(plan, channels, dtype, training)
         competitors = [task.matmul(), task.conv1d(), task.convwave("convwave, eager"), task.pytorch_tcn()]
         if plan.cuda:
             competitors.append(task.convwave("convwave, triton", backend="triton"))
             if precision == "float32":
                 competitors.append(task.convwave("convwave, triton, ieee", backend="triton", precision="ieee"))
             competitors.append(_deterministic(task.conv1d("Conv1d + BatchNorm1d + tanh, deterministic")))
-        if not plan.quick and (plan.cuda or (channels == 128 and precision == "float32")):
+        if not plan.quick and channels == 128 and precision in (("float32", "bfloat16") if plan.cuda else ("float32",)):
             competitors += [
                 task.matmul("two shifted matmuls, compiled", compile=True),
                 task.conv1d("Conv1d + BatchNorm1d + tanh, compiled", compile=True),
             ]
-        if plan.cuda and channels in (128, 512):
-            competitors += [
-                task.matmul("two shifted matmuls, max-autotune", compile=True, mode=MAX_AUTOTUNE),
-                task.conv1d("Conv1d + BatchNorm1d + tanh, max-autotune", compile=True, mode=MAX_AUTOTUNE),
-            ]
-        return compare(
-            competitors,
-            task.expected(),
-            point,
-            plan.settings,
-            positions=task.positions,
-            baseline="two shifted matmuls",
-        )
+        return _stack_rows(task, competitors, point, plan.settings)
+
+
+def _tuned(plan: Plan, point: Point, channels: int, precision: str, training: bool) -> list[Row]:
+    """Beside what takes a minute to compile, so last."""
+    with numeric_flags(precision) as dtype:
+        task = _stack(plan, channels, dtype, training)
+        competitors = [
+            task.matmul(),
+            task.convwave("convwave, triton", backend="triton"),
+            task.matmul(f"two shifted matmuls, {MAX_AUTOTUNE}", compile=True, mode=MAX_AUTOTUNE),
+            task.conv1d(f"Conv1d + BatchNorm1d + tanh, {MAX_AUTOTUNE}", compile=True, mode=MAX_AUTOTUNE),
+        ]
+        return _stack_rows(task, competitors, point, plan.settings)
+
+
+def _stack_rows(task: Stack, competitors: list[Competitor], point: Point, settings: Settings) -> list[Row]:
+    baseline = "two shifted matmuls"
+    return compare(competitors, task.expected(), point, settings, positions=task.positions, baseline=baseline)
 
 
 def _deterministic(competitor: Competitor) -> Competitor:
@@ -394,7 +408,7 @@ def roofline(plan: Plan) -> list[Step]:
 
 
 def _roofline(plan: Plan, point: Point, channels: int, precision: str) -> list[Row]:
-    batch, length = (512, 1024) if plan.cuda else (8, 64) if plan.quick else (64, 512)
+    batch, length = (128, 1024) if plan.cuda else (8, 64) if plan.quick else (64, 512)
     size, megabytes = (8192, 1024) if plan.cuda else (256, 16) if plan.quick else (1024, 256)
     with numeric_flags(precision) as dtype:
         itemsize = torch.finfo(dtype).bits // 8
