@@ -35,7 +35,8 @@ PARTS = {"width": 4, "ladder": 2}  # of the time, where others have 1
 TESTS_SHARE = 0.25  # of the time, at most
 NO_TESTS, KILLED = 5, 124  # exit statuses: pytest's when it selected none, and ours after the time was up
 BUDGET_SHARE = 0.8  # of a study's time; the rest is for starting, and for the step that runs when the time is up
-OVERTIME = 2.0  # after so many times its share a study is killed
+LEAST = 5.0  # seconds that a study is started for
+STARTING, OVERTIME = 15.0, 2.0  # a study is killed after so many seconds and so many times its share
 NEEDED = ("torch", "triton", "numpy", "pytest", "hypothesis", "safetensors", "rich")
 FILES = ("tests.txt", "studies.json", "studies.png", "studies.txt", "report.html")
 
@@ -72,10 +73,14 @@ def main() -> int:
     studies = 0
     for i, name in enumerate(ORDER):
         left = ends - time.monotonic()
+        if left < LEAST:
+            print(f"{name}: not measured, the time was up", flush=True)
+            studies = KILLED
+            continue
         share = left * PARTS.get(name, 1) / sum(PARTS.get(later, 1) for later in ORDER[i:])
         bench = ["-m", "convwave", "bench", name, "--device", args.device, "--bundle", "--out", str(out)]
-        bench += [f"--budget={BUDGET_SHARE * share:.0f}", *(["--quick"] if args.quick else [])]
-        status = run(bench, out / "studies.txt", environment, min(left, OVERTIME * share))
+        bench += [f"--budget={max(1, round(BUDGET_SHARE * share))}", *(["--quick"] if args.quick else [])]
+        status = run(bench, out / "studies.txt", environment, min(left, STARTING + OVERTIME * share))
         print(f"{name}: {'done' if status == 0 else 'wrong or cut short, see studies.txt'}", flush=True)
         studies = studies or status
     report = [sys.executable, "-m", "convwave", "bench", "--report", "--out", str(out)]
