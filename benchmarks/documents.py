@@ -13,10 +13,11 @@ import convwave as cw
 from benchmarks.harness import TOO_NOISY, flags
 from benchmarks.studies import STUDIES, Plan
 from convwave.checkpoint import write_atomic
-from convwave.provenance import device_name, provenance
+from convwave.provenance import device_name, package_version, provenance
 
 FORMAT = "convwave.benchmark.1"
 BUNDLE = "studies.json"
+PEERS = ("pytorch-tcn",)  # packaged libraries that are measured where they are installed
 RESULTS = Path(__file__).resolve().parent / "results"
 
 Document = dict[str, Any]
@@ -35,6 +36,7 @@ def new_document(study: str, plan: Plan, command: str, words: cw.Words) -> Docum
             "device": device_name(plan.device),
             "clocks": clocks(plan.device),
             "flags": flags(),
+            "peers": {name: package_version(name) for name in PEERS},
         },
         "data": Path(words.source).name,
         "data_sha256": words.sha256,

@@ -353,7 +353,9 @@ def test_a_file_says_where_its_figures_come_from(
     (document,) = bench(["names"], tmp_path, words)
     assert json.loads((tmp_path / "names.json").read_text()) == document
     assert document["complete"]
-    assert {"command", "commit", "date", "device", "clocks", "flags", "versions"} <= document["provenance"].keys()
+    assert {"command", "commit", "date", "device", "clocks", "flags", "versions", "peers"} <= document[
+        "provenance"
+    ].keys()
     assert document["provenance"]["command"].startswith("convwave bench names --device cpu --threads ")
     assert {"threads", "float32_matmul_precision", "cudnn.deterministic"} <= document["provenance"]["flags"].keys()
     assert document["data_sha256"] == words.sha256
