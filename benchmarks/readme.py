@@ -174,6 +174,10 @@ def bench() -> str:
         [question, *(answers[i][1] for answers in columns.values()), f"`convwave bench {study}`"]
         for i, (question, _, study) in enumerate(questions)
     ]
+    short = [
+        name for documents in found.values() for name, (_, document) in documents.items() if not document["complete"]
+    ]
+    cut = f" Cut short: {', '.join(short)}." if short else ""
     links = ", ".join(
         f"[{name}]({path.relative_to(README.parent).as_posix()})"
         for d in found.values()
@@ -181,7 +185,8 @@ def bench() -> str:
     )
     return (
         _table(["median of the ratios within rounds, 5 to 95 %", *columns, "command"], rows)
-        + f"\n\nWith device, clocks, versions, commit, command, flags and quantiles: {links}."
+        + f"\n\n~: may differ by more than 10 % in another run.{cut}\n"
+        + f"With device, clocks, versions, commit, command, flags and quantiles: {links}."
     )
 
 
