@@ -40,7 +40,7 @@ p { margin: .25rem 0 .75rem; max-width: 46rem; }
 a { color: var(--s0); }
 code { font-size: .9em; overflow-wrap: anywhere; }
 .quiet { color: var(--quiet); font-size: .875rem; }
-.pictures { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 24rem), 1fr)); gap: 1rem; }
+.pictures { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 24rem), 1fr)); gap: 1rem; }
 figure { margin: 0; padding: .75rem; background: var(--panel); border: 1px solid var(--rule); border-radius: 8px; }
 figcaption { font-weight: 600; font-size: .95rem; margin-bottom: .25rem; }
 figcaption span { font-weight: 400; color: var(--quiet); }
