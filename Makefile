@@ -9,7 +9,7 @@ else
 endif
 READY := $(VENV)/.ready
 
-.PHONY: demo test lint figures clean
+.PHONY: demo test lint figures studies bench gpu clean
 
 # Train the dilated causal network on names, show its loss beside the post's, invent twenty names.
 demo: $(READY)
@@ -36,6 +36,23 @@ figures: $(READY)
 	mkdir -p benchmarks/results/reproduce
 	cp runs/reproduce/reproduce.json runs/reproduce/reproduce.png benchmarks/results/reproduce/
 	$(BIN)/python -m benchmarks.readme
+
+# Every study of `convwave bench` on this CPU, into benchmarks/results/cpu/, the report and the README (half an hour).
+# Cut short, it goes on where it stopped: what is done waits in runs/studies/.
+studies: $(READY)
+	$(BIN)/convwave bench all --resume --out runs/studies
+	mkdir -p benchmarks/results/cpu
+	mv runs/studies/* benchmarks/results/cpu/
+	$(BIN)/convwave bench --report
+
+# pytest-benchmark over benchmarks/bench_*.py: each checks its result before it is timed.
+bench: $(READY)
+	$(BIN)/python -m pytest benchmarks -o addopts= -o python_files='bench_*.py' -o python_functions='bench_*' \
+	  --benchmark-only --benchmark-sort=name --benchmark-columns=median,iqr,min,max,rounds
+
+# GPU tests and all studies with the system's Python, which has torch and triton; nine minutes, results in $$OUT.
+gpu:
+	$(PYTHON) benchmarks/gpu.py
 
 clean:
 	rm -rf $(VENV) build *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis runs

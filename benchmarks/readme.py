@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.figures import RESULTS
+from benchmarks.headlines import NOT_MEASURED, device_of, devices, headlines
 
 README = RESULTS.parent.parent / "README.md"
 
@@ -160,6 +161,35 @@ def figures() -> str:
     )
 
 
+def bench() -> str:
+    found = devices(RESULTS)
+    if not found:
+        return NOT_MEASURED
+    gpu = any(row["device"].startswith("cuda") for d in found.values() for _, doc in d.values() for row in doc["rows"])
+    columns = {device_of(documents): headlines(documents) for documents in found.values()}
+    questions = next(iter(columns.values()))
+    if not gpu:
+        columns["GPU"] = [(question, NOT_MEASURED, study) for question, _, study in questions]
+    rows = [
+        [question, *(answers[i][1] for answers in columns.values()), f"`convwave bench {study}`"]
+        for i, (question, _, study) in enumerate(questions)
+    ]
+    short = [
+        name for documents in found.values() for name, (_, document) in documents.items() if not document["complete"]
+    ]
+    cut = f" Cut short: {', '.join(short)}." if short else ""
+    links = ", ".join(
+        f"[{name}]({path.relative_to(README.parent).as_posix()})"
+        for d in found.values()
+        for name, (path, _) in d.items()
+    )
+    return (
+        _table(["median of the ratios within rounds, 5 to 95 %", *columns, "command"], rows)
+        + f"\n\n~: may differ by more than 10 % in another run.{cut}\n"
+        + f"With device, clocks, versions, commit, command, flags and quantiles: {links}."
+    )
+
+
 def mutants() -> str:
     text = (Path(__file__).resolve().parent.parent / "tests/MUTANTS.md").read_text(encoding="utf-8")
     found = re.search(r"Caught by the tests: (\d+ of \d+)", text)
@@ -167,7 +197,7 @@ def mutants() -> str:
     return found[1]
 
 
-BLOCKS = {f.__name__: f for f in (headline, equality, trajectory, figures, mutants)}
+BLOCKS = {f.__name__: f for f in (headline, equality, trajectory, figures, bench, mutants)}
 
 
 def render(text: str) -> str:

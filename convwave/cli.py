@@ -39,6 +39,7 @@ from convwave.training import (
     Interrupted,
     UsageError,
     read_config,
+    threads,
     train,
 )
 
@@ -130,6 +131,18 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument("--device", default="cpu", help="cpu (default), cuda, ...")
     p.add_argument("--seed", type=int, default=0, help="of the networks and batches (default: 0)")
     p.add_argument("--out", type=Path, default=RUNS / "verify", metavar="DIR", help="for the certificate")
+
+    p = command("bench", _bench, "Measure convwave against the windowed MLP and torch.nn (needs a checkout).")
+    p.add_argument("studies", nargs="*", metavar="STUDY", help="which (default: all); --list shows them")
+    p.add_argument("--list", action="store_true", help="measure nothing: list the studies and what they answer")
+    p.add_argument("--device", default="cpu", help="cpu (default), cuda, ...")
+    p.add_argument("--out", type=Path, metavar="DIR", help="default: runs/bench; with --report benchmarks/results")
+    p.add_argument("--resume", action="store_true", help="pass over studies that --out holds complete")
+    p.add_argument("--quick", action="store_true", help="small sizes, few samples, nothing compiled")
+    p.add_argument("--threads", type=int, default=1, help="CPU threads (default: 1, the steadiest)")
+    p.add_argument("--budget", type=float, metavar="S", help="seconds for all studies; the rest is not measured")
+    p.add_argument("--bundle", action="store_true", help="all studies in one JSON and one PNG")
+    p.add_argument("--report", action="store_true", help="measure nothing: make the page and the README's tables")
 
     p = command("data", _data, "Show which words are used; 'data fetch' downloads the post's.")
     p.add_argument("action", nargs="?", choices=["show", "fetch"], default="show")
@@ -382,6 +395,59 @@ def _verify(args: argparse.Namespace) -> int:
     write_atomic(args.out / "certificate.json", (json.dumps(certificate, indent=2) + "\n").encode())
     console.print(f"certificate {args.out / 'certificate.json'}")
     return 1 if failed else 0
+
+
+def _bench(args: argparse.Namespace) -> int:
+    _find_benchmarks()
+    from benchmarks.command import list_studies, run_studies
+    from benchmarks.documents import RESULTS
+    from benchmarks.report import write_report
+    from benchmarks.studies import STUDIES
+
+    console = stderr()
+    if args.list:
+        list_studies(console)
+        _print_json(args, {"studies": {study.name: study.question for study in STUDIES.values()}})
+        return 0
+    if args.report:
+        if args.studies:
+            raise UsageError("--report: makes the report of all studies, takes no STUDY")
+        written = write_report(args.out or RESULTS)
+        console.print("\n".join(f"written: {path}" for path in written))
+        _print_json(args, {"written": [str(path) for path in written]})
+        return 0
+    unknown = [name for name in args.studies if name not in (*STUDIES, "all")]
+    if unknown:
+        raise UsageError(f"STUDY: expected some of {', '.join(STUDIES)}, or all, got {unknown[0]!r}")
+    names = list(STUDIES) if "all" in args.studies or not args.studies else list(dict.fromkeys(args.studies))
+    if args.threads < 1:
+        raise UsageError(f"--threads: expected at least 1, got {args.threads}")
+    if args.budget is not None and not args.budget > 0:
+        raise UsageError(f"--budget: expected more than 0 seconds, got {args.budget:g}")
+    _check_device(args.device)
+    with threads(args.threads):
+        documents = run_studies(
+            names,
+            _words(args),
+            args.out or RUNS / "bench",
+            console,
+            device=args.device,
+            quick=args.quick,
+            budget=args.budget,
+            bundle=args.bundle,
+            resume=args.resume,
+        )
+    _print_json(args, {"studies": {document["study"]: document for document in documents}})
+    return int(any(row["status"] == "wrong" for document in documents for row in document["rows"]))
+
+
+def _find_benchmarks() -> None:
+    """Make the checkout's benchmarks/ importable; it is not installed with the library."""
+    root = Path(__file__).resolve().parent.parent
+    if not (root / "benchmarks/command.py").is_file():
+        raise UsageError("bench: needs a checkout of convwave, benchmarks/ is not installed with the library")
+    if str(root) not in sys.path:
+        sys.path.insert(0, str(root))
 
 
 def _data(args: argparse.Namespace) -> None:

@@ -24,7 +24,7 @@ def provenance(command: str | None = None) -> dict[str, Any]:
         "platform": f"{platform.system()} {platform.machine()}",
         "versions": {
             "python": platform.python_version(),
-            **{name: _version(name) for name in ("convwave", "torch", "triton", "numpy")},
+            **{name: package_version(name) for name in ("convwave", "torch", "triton", "numpy")},
         },
     }
 
@@ -62,7 +62,8 @@ def commit() -> str | None:
     return head + ("+" if changed else "")
 
 
-def _version(name: str) -> str | None:
+def package_version(name: str) -> str | None:
+    """The installed version of a package, None where there is none."""
     try:
         return metadata.version(name)
     except metadata.PackageNotFoundError:

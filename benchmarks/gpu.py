@@ -1,0 +1,162 @@
+"""Everything that needs a GPU, in one run on a machine that has one and little else: `make gpu`.
+
+    python3 benchmarks/gpu.py
+
+It needs Python with torch, triton, numpy, pytest, hypothesis, safetensors and rich, with matplotlib draws pictures too,
+and needs no network. It makes the checkout importable, runs the GPU tests, then all studies, within nine minutes, and
+writes to the folder $OUT (default benchmarks/results/DEVICE/):
+
+    tests.txt      what pytest said
+    studies.json   every figure, written after every step of every study
+    studies.png    the pictures of the studies that are done
+    studies.txt    the tables
+    report.html    all of it on one page
+
+Whatever stops it, the first four hold what was done until then, and `convwave bench --report` makes the page of them.
+Every study is a process of its own: after a CUDA error nothing more runs in the process that met it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+# what compiles little comes first, so that a short run has seen most of the questions
+ORDER = ("roofline", "ladder", "launches", "context", "train", "sample", "breakeven", "width", "names")
+TESTS = "(gpu or test_kernels) and not aot and not test_bench"  # marked gpu, or on the GPU where there is one
+PARTS = {"width": 4, "ladder": 2}  # of the time, where others have 1
+TESTS_SHARE = 0.25  # of the time, at most
+NO_TESTS, KILLED = 5, 124  # exit statuses: pytest's when it selected none, and ours after the time was up
+BUDGET_SHARE = 0.8  # of a study's time; the rest is for starting, and for the step that runs when the time is up
+LEAST = 5.0  # seconds that a study is started for
+STARTING, OVERTIME = 15.0, 2.0  # a study is killed after so many seconds and so many times its share
+NEEDED = ("torch", "triton", "numpy", "pytest", "hypothesis", "safetensors", "rich")
+FILES = ("tests.txt", "studies.json", "studies.png", "studies.txt", "report.html")
+
+
+def main() -> int:
+    """Run everything; 0 if tests and checks passed, 1 if not."""
+    parser = argparse.ArgumentParser(description="GPU tests and all studies, within a time budget.")
+    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--seconds", type=float, default=530.0, help="for all of it (default: 530)")
+    parser.add_argument("--quick", action="store_true", help="small sizes, to try this script")
+    parser.add_argument("--tests", default="tests", help="what pytest collects")
+    args = parser.parse_args()
+    ends = time.monotonic() + args.seconds
+
+    missing = [name for name in NEEDED if importlib.util.find_spec(name) is None]
+    if missing:
+        sys.exit(f"gpu: needs the packages {', '.join(NEEDED)}, missing: {', '.join(missing)}")
+    environment = importable(dict(os.environ))
+    where = os.environ.get("OUT")
+    out = Path(where).resolve() if where else ROOT / "benchmarks/results" / device_folder(args.device, environment)
+    out.mkdir(parents=True, exist_ok=True)
+    for name in FILES:  # of an earlier run
+        (out / name).unlink(missing_ok=True)
+    candidates = [folder / "shared/data/names.txt" for folder in (ROOT, ROOT.parent)]
+    data = next((path for path in candidates if path.is_file()), None)
+    if data is not None:
+        environment.setdefault("CONVWAVE_DATA", str(data))
+
+    pytest = ["-m", "pytest", "-k", TESTS, "-v", "--tb=short", "-p", "no:cacheprovider", "-o", "addopts=", args.tests]
+    tests = run(pytest, out / "tests.txt", environment, TESTS_SHARE * args.seconds)
+    outcome = {0: "passed", NO_TESTS: "none selected", KILLED: "cut short, see tests.txt"}.get(tests, "FAILED")
+    print(f"tests: {outcome}", flush=True)
+
+    studies = 0
+    for i, name in enumerate(ORDER):
+        left = ends - time.monotonic()
+        if left < LEAST:
+            print(f"{name}: not measured, the time was up", flush=True)
+            studies = KILLED
+            continue
+        share = left * PARTS.get(name, 1) / sum(PARTS.get(later, 1) for later in ORDER[i:])
+        bench = ["-m", "convwave", "bench", name, "--device", args.device, "--bundle", "--out", str(out)]
+        bench += [f"--budget={max(1, round(BUDGET_SHARE * share))}", *(["--quick"] if args.quick else [])]
+        status = run(bench, out / "studies.txt", environment, min(left, STARTING + OVERTIME * share))
+        print(f"{name}: {'done' if status == 0 else 'wrong or cut short, see studies.txt'}", flush=True)
+        studies = studies or status
+    report = [sys.executable, "-m", "convwave", "bench", "--report", "--out", str(out)]
+    subprocess.run(report, cwd=ROOT, env=environment, capture_output=True, check=False)
+    print(f"written to {out}: {', '.join(sorted(path.name for path in out.iterdir()))}", flush=True)
+    return int(tests not in (0, NO_TESTS) or studies != 0)
+
+
+def importable(environment: dict[str, str]) -> dict[str, str]:
+    """An environment in which this checkout is the `convwave` that Python imports.
+
+    An editable installation without dependencies; where pip or setuptools cannot do it, a package of links.
+    """
+    if imports(environment):
+        return environment
+    install = ["pip", "install", "--quiet", "--no-deps", "--no-build-isolation", "--no-index", "-e", str(ROOT)]
+    subprocess.run([sys.executable, "-m", *install], env=environment, capture_output=True, timeout=120, check=False)
+    if imports(environment):
+        return environment
+    site = Path(tempfile.mkdtemp(prefix="convwave-"))
+    package = site / "convwave"
+    package.mkdir()
+    for path in (ROOT / "convwave").iterdir():
+        if path.name != "__pycache__":
+            (package / path.name).symlink_to(path)
+    (package / "kernels").symlink_to(ROOT / "kernels")
+    (package / "given_names").symlink_to(ROOT / "data/given_names")
+    paths = [str(site), str(ROOT), environment.get("PYTHONPATH", "")]
+    linked = {**environment, "PYTHONPATH": os.pathsep.join(filter(None, paths))}
+    if not imports(linked):
+        sys.exit("gpu: convwave cannot be imported; it needs torch, numpy and safetensors")
+    return linked
+
+
+def imports(environment: dict[str, str]) -> bool:
+    """Whether `convwave` and its kernels come from this checkout."""
+    code = "import convwave.kernels, pathlib; print(pathlib.Path(convwave.provenance.__file__).resolve().parent)"
+    done = subprocess.run(
+        [sys.executable, "-c", f"import convwave.provenance; {code}"],
+        env=environment,
+        cwd=tempfile.gettempdir(),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    return done.returncode == 0 and Path(done.stdout.strip()) == ROOT / "convwave"
+
+
+def device_folder(device: str, environment: dict[str, str]) -> str:
+    """The device's name as a folder's."""
+    code = f"from convwave.provenance import device_name; print(device_name({device!r}))"
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
+    if done.returncode:
+        reason = done.stderr.strip().splitlines()[-1]
+        sys.exit(f"gpu: needs a device {device!r}, there is none here: {reason}")
+    return "-".join("".join(c if c.isalnum() else " " for c in done.stdout.lower()).split())
+
+
+def run(arguments: list[str], log: Path, environment: dict[str, str], seconds: float) -> int:
+    """Run Python in the checkout, its output at the end of a file; killed when the time is up. The exit status."""
+    with log.open("a") as file:
+        try:
+            done = subprocess.run(
+                [sys.executable, *arguments],
+                cwd=ROOT,
+                env=environment,
+                stdout=file,
+                stderr=subprocess.STDOUT,
+                timeout=max(1.0, seconds),
+                check=False,
+            )
+        except subprocess.TimeoutExpired:
+            file.write(f"\nstopped after {seconds:.0f} s\n")
+            return KILLED
+    return done.returncode
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,532 @@
+"""Measuring: check first, then time all competitors in turn, and say how far the figures can be trusted.
+
+- *Check before time.* Every competitor's result is compared with one computed in float64 before any clock runs. One
+  that is wrong is reported as wrong, with its error, and is never timed.
+- *Interleaved.* A round times every competitor once, in an order that is drawn anew; so a machine whose speed drifts
+  slows all of them alike, and a speed-up is the median of the ratios within rounds.
+- *Quantiles.* Every figure is a median with its 5, 25, 75 and 95 % quantiles and the number of samples.
+- *Noise.* How far another run's median may lie from this one, as far as one run can tell: the larger of how far the
+  medians of the earlier and the later rounds are apart and of the median's 95 % interval. Above 10 % the time is marked
+  and the study says "machine too noisy".
+
+On CUDA a sample is wall time between synchronisations; beside it stand the replay of the same work as a CUDA graph,
+which has no launch overhead, and the time that kernels were running, from the profiler.
+
+Peak memory is what a run holds above what was there before it: on CUDA from the caching allocator's high-water mark;
+on a CPU from the profiler's record of every allocation and release of PyTorch's own allocator, summed in time order.
+Scratch memory that BLAS takes for itself is in neither.
+"""
+
+from __future__ import annotations
+
+import gc
+import math
+import os
+import random
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler's own messages
+
+QUANTILES = {"p05": 0.05, "p25": 0.25, "median": 0.5, "p75": 0.75, "p95": 0.95}
+TOO_NOISY = 0.10
+TIME_UP = "the time was up"
+EXACT = 1e-8  # relative, in float64, with room for what BatchNorm amplifies
+
+
+class Unavailable(Exception):
+    """A competitor that this machine cannot run; the message says why."""
+
+
+class Work(NamedTuple):
+    """A competitor that is ready: the action that is timed, what it computes, by name, and what it trains."""
+
+    run: Callable[[], Any]
+    result: Callable[[], Mapping[str, Tensor]]
+    parameters: Sequence[Tensor] = ()
+
+
+@dataclass(frozen=True)
+class Competitor:
+    """One way to compute something.
+
+    Attributes:
+        provider: its name in tables and files.
+        make: builds and compiles it; may raise `Unavailable`.
+        dtype: of its arithmetic; sets the precision that the check expects.
+        positions: that one run handles, when it is another number than its rivals'.
+        expected: what it must compute, when that is not what its rivals compute.
+        group: competitors of a group share one bound on the error, derived from its first member, the yardstick.
+        exact: of a yardstick, the result of the same code in float64: proof that its error is rounding alone.
+        replays: it replays CUDA graphs by itself, so no other graph is made of it.
+    """
+
+    provider: str
+    make: Callable[[], Work]
+    dtype: torch.dtype = torch.float32
+    positions: int | None = None
+    expected: Mapping[str, Tensor] | None = None
+    group: str = ""
+    exact: Callable[[], Mapping[str, Tensor]] | None = None
+    replays: bool = False
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How long to measure.
+
+    Attributes:
+        device: "cpu", "cuda", ...
+        rounds: samples of every competitor.
+        least_rounds: taken even when the time is up; two halves of two samples each need 4.
+        seconds: after which no further round begins.
+        sample_seconds: calls are repeated within a sample until it lasts this long.
+        deadline: on `time.monotonic`'s clock, after which nothing more is built.
+    """
+
+    device: str = "cpu"
+    rounds: int = 15
+    least_rounds: int = 4
+    seconds: float = 20.0
+    sample_seconds: float = 0.004
+    deadline: float | None = None
+
+    @property
+    def cuda(self) -> bool:
+        return self.device.startswith("cuda")
+
+
+@dataclass(frozen=True)
+class Row:
+    """One figure. `status` is "ok", "wrong" or "not measured"; only the first has numbers."""
+
+    study: str
+    provider: str
+    mode: str
+    metric: str
+    unit: str
+    device: str
+    x_name: str | None = None
+    x: float | str | None = None
+    median: float | None = None
+    p05: float | None = None
+    p25: float | None = None
+    p75: float | None = None
+    p95: float | None = None
+    n: int = 0
+    noise: float | None = None
+    status: str = "ok"
+    error: float | None = None
+    bound: float | None = None
+    note: str = ""
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+class Point(NamedTuple):
+    """Where in a study a comparison stands: repeated in each of its rows."""
+
+    study: str
+    mode: str
+    x_name: str | None = None
+    x: float | str | None = None
+    device: str = "cpu"
+
+    def row(self, provider: str, metric: str, unit: str, **values: Any) -> Row:
+        return Row(self.study, provider, self.mode, metric, unit, self.device, self.x_name, self.x, **values)
+
+
+def quantiles(samples: Sequence[float]) -> dict[str, float]:
+    """Median and quantiles by linear interpolation between the ordered samples."""
+    ordered = sorted(samples)
+
+    def at(q: float) -> float:
+        place = q * (len(ordered) - 1)
+        low = math.floor(place)
+        high = min(low + 1, len(ordered) - 1)
+        return ordered[low] + (place - low) * (ordered[high] - ordered[low])
+
+    return {name: at(q) for name, q in QUANTILES.items()}
+
+
+def noise(samples: Sequence[float]) -> float:
+    """How far the median may be off, relative to it; 0 for less than four samples, which cannot say.
+
+    The larger of two estimates: by how much the medians of the earlier and the later half differ, and 1.57
+    interquartile ranges over the square root of the number of samples, McGill's 95 % interval of a median.
+    """
+    half = len(samples) // 2
+    if half < 2:
+        return 0.0
+    first, second = (quantiles(part)["median"] for part in (samples[:half], samples[-half:]))
+    apart = max(first, second) / max(min(first, second), 1e-300) - 1
+    whole = quantiles(samples)
+    return max(apart, 1.57 * (whole["p75"] - whole["p25"]) / len(samples) ** 0.5 / max(whole["median"], 1e-300))
+
+
+def statistics(samples: Sequence[float]) -> dict[str, Any]:
+    """The fields of a row that samples determine."""
+    return {**quantiles(samples), "n": len(samples), "noise": noise(samples)}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Checking
+
+
+def relative_error(got: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> float:
+    """Largest, over all named tensors, of the norm of the difference over the norm of what was expected."""
+    if got.keys() != expected.keys():
+        raise ValueError(f"result: expected {sorted(expected)}, got {sorted(got)}")
+    worst = 0.0
+    for name, reference in expected.items():
+        if got[name].shape != reference.shape:
+            raise ValueError(f"{name}: expected shape {tuple(reference.shape)}, got {tuple(got[name].shape)}")
+        exact = reference.detach().double()
+        error = (got[name].detach().to(exact.device, torch.float64) - exact).norm() / exact.norm().clamp(min=1e-300)
+        worst = max(worst, float(error)) if math.isfinite(float(error)) else math.inf
+    return worst
+
+
+def error_bound(yardstick: float, dtype: torch.dtype) -> float:
+    """Four times the error of PyTorch's own result in the same precision, at least sixteen roundings."""
+    return max(4 * yardstick, 16 * torch.finfo(dtype).eps)
+
+
+def yardstick_bound(competitor: Competitor, expected: Mapping[str, Tensor]) -> float:
+    """What a yardstick itself may err.
+
+    Half of the digits; or, where its code gives the expected result in float64, a tenth: nn.BatchNorm1d on a CPU adds
+    up row by row, and over a million float32 rows 0.4 % is what that costs.
+    """
+    if competitor.exact is None:
+        return torch.finfo(competitor.dtype).eps ** 0.5
+    return 0.1 if relative_error(competitor.exact(), expected) <= EXACT else 0.0
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Clocks
+
+
+def synchronize(device: str) -> None:
+    if device.startswith("cuda"):
+        torch.cuda.synchronize(device)
+
+
+def sample(run: Callable[[], Any], calls: int, device: str) -> float:
+    """Seconds of one call, from `calls` of them between two synchronisations."""
+    synchronize(device)
+    started = time.perf_counter()
+    for _ in range(calls):
+        run()
+    synchronize(device)
+    return (time.perf_counter() - started) / calls
+
+
+def calls_for(run: Callable[[], Any], settings: Settings) -> int:
+    """How many calls make a sample long enough to time; warms up on the way."""
+    run()
+    seconds = min(sample(run, 1, settings.device) for _ in range(2))
+    return max(1, min(10_000, round(settings.sample_seconds / max(seconds, 1e-9))))
+
+
+def capture(run: Callable[[], Any]) -> Callable[[], Any]:
+    """The replay of a CUDA graph of `run`.
+
+    Raises:
+        Unavailable: it cannot be captured.
+    """
+    try:
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for _ in range(3):
+                run()
+        torch.cuda.current_stream().wait_stream(stream)
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            run()
+        graph.replay()
+        torch.cuda.synchronize()
+    except (RuntimeError, AssertionError) as error:
+        raise Unavailable(f"cannot be captured: {first_line(error)}") from None
+    return graph.replay
+
+
+def kernel_launches(run: Callable[[], Any], calls: int = 5) -> list[tuple[str, float]]:
+    """Name and device seconds of every kernel that `calls` calls start, in the order in which they ran. CUDA only."""
+    from torch.profiler import ProfilerActivity, profile
+
+    run()
+    torch.cuda.synchronize()
+    with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiler:
+        for _ in range(calls):
+            run()
+        torch.cuda.synchronize()
+    return device_launches(profiler.events())
+
+
+def device_launches(events: Any) -> list[tuple[str, float]]:
+    """Name and seconds of what ran on the device, in order, of a profiler's events; annotations are no kernels."""
+    found = [
+        event
+        for event in events
+        if event.device_type.name == "CUDA" and not getattr(event, "is_user_annotation", False)
+    ]
+    found.sort(key=lambda event: event.time_range.start)
+    return [(event.name, event.time_range.elapsed_us() * 1e-6) for event in found]
+
+
+def kernel_seconds(run: Callable[[], Any], calls: int = 5) -> list[float]:
+    """Seconds that kernels were running, of each of some calls; their mean where the calls cannot be told apart."""
+    return per_call([seconds for _, seconds in kernel_launches(run, calls)], calls)
+
+
+def per_call(launches: Sequence[float], calls: int) -> list[float]:
+    """Sums over the launches of each call, when every call has equally many; else their mean alone."""
+    each, rest = divmod(len(launches), calls)
+    if rest:
+        return [sum(launches) / calls]
+    return [sum(launches[i * each : (i + 1) * each]) for i in range(calls)]
+
+
+def operators(run: Callable[[], Any]) -> int:
+    """Operators that a call hands to the CPU, those inside other operators not counted."""
+    from torch.profiler import ProfilerActivity, profile
+
+    run()
+    with profile(activities=[ProfilerActivity.CPU]) as profiler:
+        run()
+    names = [event for event in profiler.events() if not event.cpu_children]
+    return sum(not event.name.startswith(("autograd::", "[memory]", "ProfilerStep")) for event in names)
+
+
+def peak_bytes(run: Callable[[], Any], device: str) -> int:
+    """Bytes that a call holds at its worst moment, above those held before it."""
+    run()
+    gc.collect()
+    if device.startswith("cuda"):
+        synchronize(device)
+        before = torch.cuda.memory_allocated(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        run()
+        synchronize(device)
+        return torch.cuda.max_memory_allocated(device) - before
+    from torch.profiler import ProfilerActivity, profile
+
+    with _silent(), profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        run()
+    events = [e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]  # type: ignore[union-attr]
+    live = peak = 0
+    for event in sorted(events, key=lambda e: e.start_ns()):
+        live += event.nbytes()
+        peak = max(peak, live)
+    return peak
+
+
+@contextmanager
+def _silent() -> Iterator[None]:
+    """Without the warning that gradients of an earlier call are released, which no Python filter reaches."""
+    sys.stderr.flush()
+    kept = os.dup(2)
+    with open(os.devnull, "w") as nowhere:
+        os.dup2(nowhere.fileno(), 2)
+    try:
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Comparing
+
+
+@dataclass
+class _Entry:
+    """A competitor that passed its check."""
+
+    competitor: Competitor
+    work: Work
+    calls: int
+    seconds: list[float]
+    error: float
+    bound: float
+    replay: Callable[[], Any] | None = None
+    replay_seconds: list[float] | None = None
+
+
+def compare(
+    competitors: Sequence[Competitor],
+    expected: Mapping[str, Tensor],
+    point: Point,
+    settings: Settings,
+    *,
+    positions: int = 0,
+    baseline: str | None = None,
+    memory: bool = True,
+) -> list[Row]:
+    """Check, then time competitors against each other.
+
+    Args:
+        competitors: the first that can run of each group is the yardstick of that group's errors.
+        expected: results in float64.
+        point: where in the study this stands.
+        settings: how long to measure.
+        positions: that one run handles; gives rows of positions per second.
+        baseline: provider that the others' speed-ups refer to; without a correct baseline there are none.
+        memory: whether to measure the peak.
+
+    Returns:
+        Rows of metrics "seconds", "positions_per_second", "speedup", "peak_bytes", "bytes_per_position", on CUDA
+        "graph_seconds" and "kernel_seconds" too. A competitor that is wrong, or cannot run, has one row of metric
+        "seconds" without numbers.
+    """
+    rows: list[Row] = []  # of those that cannot be timed
+    entries: list[_Entry] = []
+    yardsticks: dict[str, float] = {}
+    for competitor in competitors:
+        try:
+            if settings.deadline is not None and time.monotonic() > settings.deadline:
+                raise Unavailable(TIME_UP)
+            work = competitor.make()
+            truth = expected if competitor.expected is None else competitor.expected
+            error = relative_error(work.result(), truth)
+            yardstick = yardsticks.get(competitor.group)
+            if yardstick is None:
+                bound = yardstick_bound(competitor, truth)
+            else:
+                bound = error_bound(yardstick, competitor.dtype)
+        except Unavailable as reason:
+            rows.append(absent(point, competitor.provider, str(reason)))
+            continue
+        except torch.OutOfMemoryError:
+            rows.append(absent(point, competitor.provider, "out of memory"))
+            continue
+        except ValueError as reason:
+            rows.append(point.row(competitor.provider, "seconds", "s", status="wrong", note=first_line(reason)))
+            continue
+        except Exception as reason:  # a peer may fail in any way; the others are still to be measured
+            rows.append(absent(point, competitor.provider, f"{type(reason).__name__}: {first_line(reason)}"))
+            continue
+        if not error <= bound:
+            note = "differs from the float64 result"
+            rows.append(
+                point.row(competitor.provider, "seconds", "s", status="wrong", error=error, bound=bound, note=note)
+            )
+            continue
+        yardsticks.setdefault(competitor.group, error)
+        entries.append(_Entry(competitor, work, calls_for(work.run, settings), [], error, bound))
+    if settings.cuda:
+        for entry in entries:
+            try:
+                if entry.competitor.replays:
+                    raise Unavailable("replays CUDA graphs already")
+                entry.replay, entry.replay_seconds = capture(entry.work.run), []
+            except Unavailable as reason:
+                rows.append(absent(point, entry.competitor.provider, str(reason), "graph_seconds"))
+
+    order = random.Random(0)
+    for _ in rounds(settings):
+        for entry in order.sample(entries, len(entries)):
+            entry.seconds.append(sample(entry.work.run, entry.calls, settings.device))
+            if entry.replay is not None and entry.replay_seconds is not None:
+                entry.replay_seconds.append(sample(entry.replay, entry.calls, settings.device))
+
+    base = next((entry for entry in entries if entry.competitor.provider == baseline), None)
+    timed = [row for entry in entries for row in _rows(entry, base, point, settings, positions, memory)]
+    return timed + rows
+
+
+def rounds(settings: Settings) -> Iterator[int]:
+    """Count the rounds, until there are enough or the time is up."""
+    started = time.perf_counter()
+    for i in range(settings.rounds):
+        if i >= settings.least_rounds and time.perf_counter() - started > settings.seconds:
+            return
+        yield i
+
+
+def absent(point: Point, provider: str, reason: str, metric: str = "seconds") -> Row:
+    """The row of something that was not measured."""
+    return point.row(provider, metric, "s", status="not measured", note=reason)
+
+
+def _rows(
+    entry: _Entry, base: _Entry | None, point: Point, settings: Settings, positions: int, memory: bool
+) -> list[Row]:
+    provider = entry.competitor.provider
+    checked = {"error": entry.error, "bound": entry.bound}
+    rows = [point.row(provider, "seconds", "s", **statistics(entry.seconds), **checked)]
+    count = entry.competitor.positions or positions
+    if count:
+        rates = [count / seconds for seconds in entry.seconds]
+        rows.append(point.row(provider, "positions_per_second", "1/s", **statistics(rates), **checked))
+    if base is not None and entry is not base:
+        per_position = (entry.competitor.positions or positions or 1) / (base.competitor.positions or positions or 1)
+        ratios = [per_position * b / e for b, e in zip(base.seconds, entry.seconds, strict=True)]
+        note = f"over {base.competitor.provider}"
+        rows.append(point.row(provider, "speedup", "x", **statistics(ratios), **checked, note=note))
+    if entry.replay_seconds:
+        rows.append(point.row(provider, "graph_seconds", "s", **statistics(entry.replay_seconds), **checked))
+    if settings.cuda:
+        rows.append(point.row(provider, "kernel_seconds", "s", **statistics(kernel_seconds(entry.work.run)), **checked))
+    if memory:
+        peak = float(peak_bytes(entry.work.run, settings.device))
+        rows.append(point.row(provider, "peak_bytes", "B", **statistics([peak]), **checked))
+        if count:
+            rows.append(point.row(provider, "bytes_per_position", "B", **statistics([peak / count]), **checked))
+    return rows
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The same numeric flags for everybody
+
+PRECISIONS = {
+    "float64": (torch.float64, "highest"),
+    "float32": (torch.float32, "highest"),
+    "tf32": (torch.float32, "high"),
+    "bfloat16": (torch.bfloat16, "highest"),
+    "float16": (torch.float16, "highest"),
+}
+
+
+@contextmanager
+def numeric_flags(precision: str = "float32", deterministic: bool = False) -> Iterator[torch.dtype]:
+    """Set precision and determinism for everything that runs inside; yields the dtype."""
+    dtype, matmul = PRECISIONS[precision]
+    before = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32, torch.backends.cudnn.deterministic
+    torch.set_float32_matmul_precision(matmul)
+    torch.backends.cudnn.allow_tf32 = matmul == "high"
+    torch.backends.cudnn.deterministic = deterministic
+    try:
+        yield dtype
+    finally:
+        torch.set_float32_matmul_precision(before[0])
+        torch.backends.cudnn.allow_tf32, torch.backends.cudnn.deterministic = before[1:]
+
+
+def flags() -> dict[str, Any]:
+    """The numeric flags as they are now, for the record."""
+    return {
+        "float32_matmul_precision": torch.get_float32_matmul_precision(),
+        "cudnn.allow_tf32": torch.backends.cudnn.allow_tf32,
+        "cudnn.benchmark": torch.backends.cudnn.benchmark,
+        "cudnn.deterministic": torch.backends.cudnn.deterministic,
+        "threads": torch.get_num_threads(),
+    }
+
+
+def first_line(error: BaseException | str) -> str:
+    """The first line of a message, short enough for a table and without paths of this machine."""
+    line = next((part for part in str(error).strip().splitlines() if part.strip()), type(error).__name__)
+    words = [word.rsplit("/", 1)[-1] if word.count("/") > 1 else word for word in line.split()]
+    return " ".join(words)[:160]

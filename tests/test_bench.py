@@ -1,0 +1,637 @@
+"""The harness cannot be misled: it checks before it times, times in turn, says when it is too noisy, and writes what
+it has. The studies' tasks, files and report."""
+
+from __future__ import annotations
+
+import ast
+import json
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import fields, replace
+from html.parser import HTMLParser
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import convwave as cw
+from benchmarks import breakeven, charts, gpu, harness, ladder, repeat, roofline
+from benchmarks.command import cells, run_studies
+from benchmarks.competitors import Network, Stack
+from benchmarks.documents import RESULTS, noisy_rows, read_documents
+from benchmarks.harness import (
+    TIME_UP,
+    Competitor,
+    Point,
+    Row,
+    Settings,
+    Unavailable,
+    Work,
+    compare,
+    noise,
+    numeric_flags,
+    per_call,
+    quantiles,
+    relative_error,
+)
+from benchmarks.report import page, write_report
+from benchmarks.studies import STUDIES, Figure, Plan, Step, Study
+from convwave import cli
+from convwave.console import stderr
+
+HERE = Point("names", "train")
+FAST = Settings(rounds=6, sample_seconds=0.0)  # one call a sample
+TRUTH = {"y": torch.linspace(1, 2, 7, dtype=torch.float64)}
+
+
+def competitor(name: str, run: Callable[[], Any] = lambda: None, error: float = 0.0, **more: Any) -> Competitor:
+    """One whose result has this relative error."""
+    result = {"y": (TRUTH["y"] * (1 + error)).float()}
+    return Competitor(name, lambda: Work(run, lambda: result), **more)
+
+
+def must_not_run() -> None:
+    raise AssertionError("was run")
+
+
+def only(rows: list[Row], provider: str, metric: str = "seconds") -> Row:
+    (row,) = (row for row in rows if (row.provider, row.metric) == (provider, metric))
+    return row
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> dict[str, Iterator[float]]:
+    """Seconds that the next samples take, by what `run` returns."""
+    times: dict[str, Iterator[float]] = {}
+    monkeypatch.setattr(harness, "sample", lambda run, calls, device: next(times[run()]))
+    monkeypatch.setattr(harness, "calls_for", lambda run, settings: 1)
+    return times
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Statistics
+
+
+def test_quantiles_and_noise() -> None:
+    samples = [float(i) for i in range(101)]
+    assert quantiles(samples[::-1]) == {"p05": 5, "p25": 25, "median": 50, "p75": 75, "p95": 95}
+    assert quantiles([3.0]) == dict.fromkeys(harness.QUANTILES, 3.0)
+    assert quantiles([1.0, 2.0])["median"] == 1.5
+    assert noise([1.0] * 6) == 0
+    assert noise([1.0] * 50 + [1.2] * 50) == pytest.approx(0.2)
+    assert noise([1.2] * 50 + [1.0] * 50) == pytest.approx(0.2)  # faster is as bad as slower
+    assert noise([1.0, 50.0, 1.0, 1.0, 1.0, 1.0]) == 0  # medians bear an outlier
+    wide = [1.0, 2.0, 3.0, 3.0, 2.0, 1.0] * 2  # the halves agree, yet the median is uncertain
+    assert noise(wide) == pytest.approx(1.57 * (3 - 1) / 12**0.5 / 2)
+    assert noise([1.0, 9.0, 9.0]) == 0  # too few to say
+
+
+def test_every_round_times_every_competitor_once_in_an_order_of_its_own() -> None:
+    order: list[str] = []
+    names = "abc"
+    compare([competitor(n, lambda n=n: order.append(n)) for n in names], TRUTH, HERE, FAST, memory=False)
+    rounds = ["".join(order[-3 * i : len(order) - 3 * i + 3]) for i in range(1, FAST.rounds + 1)]
+    assert all(sorted(played) == list(names) for played in rounds)
+    assert len(set(rounds)) > 1
+
+
+def test_a_speed_up_is_the_median_of_the_ratios_within_rounds(clock: dict[str, Iterator[float]]) -> None:
+    slower = [1.0, 1.0, 1.0, 3.0, 3.0, 3.0]  # the machine slows down to a third: both alike
+    clock["base"], clock["fast"] = iter(2 * s for s in slower), iter(slower)
+    pair = [competitor(name, lambda name=name: name) for name in ("base", "fast")]
+    rows = compare(pair, TRUTH, HERE, FAST, positions=10, baseline="base", memory=False)
+    speedup = only(rows, "fast", "speedup")
+    assert (speedup.median, speedup.noise, speedup.n) == (2.0, 0.0, 6)
+    assert only(rows, "fast").noise == pytest.approx(2.0)
+    assert only(rows, "base", "positions_per_second").median == pytest.approx((10 / 2 + 10 / 6) / 2)
+    assert not [row for row in rows if row.provider == "base" and row.metric == "speedup"]
+    assert noisy_rows([row.to_json() for row in rows]) == ["base, train", "fast, train"]
+
+
+def test_rounds_end_with_the_time_but_not_before_the_least(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [0.0]
+    monkeypatch.setattr(harness.time, "perf_counter", lambda: now[0])
+
+    def taken(settings: Settings, seconds_a_round: float) -> int:
+        count = 0
+        for _ in harness.rounds(settings):
+            now[0] += seconds_a_round
+            count += 1
+        return count
+
+    assert taken(Settings(rounds=15, least_rounds=4, seconds=25.0), 10.0) == 4
+    assert taken(Settings(rounds=15, least_rounds=1, seconds=25.0), 10.0) == 3
+    assert taken(Settings(rounds=15, least_rounds=1, seconds=25.0), 0.1) == 15
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Checks
+
+
+@pytest.mark.parametrize("error", [1e-3, float("nan"), float("inf")])
+def test_who_is_wrong_is_never_timed_and_has_no_speed_up(error: float) -> None:
+    rows = compare(
+        [competitor("base"), competitor("wrong", must_not_run, error)], TRUTH, HERE, FAST, baseline="base", memory=False
+    )
+    wrong = only(rows, "wrong")
+    assert (wrong.status, wrong.median, wrong.n) == ("wrong", None, 0)
+    assert wrong.bound is not None
+    assert wrong.bound < 1e-5
+    assert {row.metric for row in rows if row.provider == "wrong"} == {"seconds"}
+
+
+def test_a_wrong_baseline_gives_nobody_a_speed_up() -> None:
+    pair = [competitor("right"), competitor("base", must_not_run, 0.01)]
+    rows = compare(pair, TRUTH, HERE, FAST, baseline="base", memory=False)
+    assert not [row for row in rows if row.metric == "speedup"]
+    assert only(rows, "right").median is not None
+
+
+def test_the_bound_is_four_times_the_error_of_the_yardstick() -> None:
+    errors = {"yardstick": 1e-5, "as good": 3.9e-5, "worse": 4.2e-5}
+    rows = compare([competitor(n, error=e) for n, e in errors.items()], TRUTH, HERE, FAST, memory=False)
+    assert {name: only(rows, name).status for name in errors} == {"yardstick": "ok", "as good": "ok", "worse": "wrong"}
+    (alone,) = compare([competitor("yardstick", must_not_run, 1e-3)], TRUTH, HERE, FAST)
+    assert alone.status == "wrong"  # a yardstick is bounded too
+
+
+def test_other_shapes_and_names_are_wrong() -> None:
+    with pytest.raises(ValueError, match="y: expected shape"):
+        relative_error({"y": torch.ones(3)}, TRUTH)
+    with pytest.raises(ValueError, match="expected \\['y'\\]"):
+        relative_error({"z": torch.ones(7)}, TRUTH)
+    odd = Competitor("odd", lambda: Work(must_not_run, lambda: {"y": torch.ones(3)}))
+    assert only(compare([odd], TRUTH, HERE, FAST), "odd").status == "wrong"
+
+
+def test_who_cannot_run_says_why_and_the_others_go_on() -> None:
+    def unavailable() -> Work:
+        raise Unavailable("is not installed")
+
+    def broken() -> Work:
+        raise KeyError("oops")
+
+    trio = [Competitor("absent", unavailable), Competitor("broken", broken), competitor("there")]
+    rows = compare(trio, TRUTH, HERE, FAST, memory=False)
+    assert (only(rows, "absent").status, only(rows, "absent").note) == ("not measured", "is not installed")
+    assert "KeyError" in only(rows, "broken").note
+    assert only(rows, "there").status == "ok"
+    late = compare([competitor("late", must_not_run)], TRUTH, HERE, replace(FAST, deadline=0.0))
+    assert only(late, "late").note == TIME_UP
+
+
+def test_numeric_flags_are_everybodys_and_are_put_back() -> None:
+    before = harness.flags()
+    with numeric_flags("tf32", deterministic=True) as dtype:
+        assert dtype == torch.float32
+        assert harness.flags()["float32_matmul_precision"] == "high"
+        assert harness.flags()["cudnn.deterministic"]
+    assert harness.flags() == before
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Clocks of a GPU, without one
+
+
+def test_on_cuda_graph_replay_and_kernel_time_stand_beside(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(harness, "synchronize", lambda device: None)
+    monkeypatch.setattr(harness, "peak_bytes", lambda run, device: 7)
+    monkeypatch.setattr(harness, "kernel_seconds", lambda run: [1e-6, 2e-6, 3e-6])
+    monkeypatch.setattr(harness, "capture", lambda run: run)
+    pair = [competitor("plain"), competitor("max-autotune", replays=True)]
+    rows = compare(pair, TRUTH, HERE, replace(FAST, device="cuda"))
+    assert only(rows, "plain", "graph_seconds").n == FAST.rounds
+    assert only(rows, "plain", "kernel_seconds").median == 2e-6
+    assert only(rows, "plain", "peak_bytes").median == 7
+    assert only(rows, "max-autotune", "graph_seconds").status == "not measured"
+
+
+def test_kernels_are_told_from_annotations_and_calls_from_each_other() -> None:
+    def event(name: str, start: float, us: float, device: str = "CUDA", annotation: bool = False) -> Any:
+        span = SimpleNamespace(start=start, elapsed_us=lambda: us)
+        kind = SimpleNamespace(name=device)
+        return SimpleNamespace(name=name, device_type=kind, time_range=span, is_user_annotation=annotation)
+
+    events = [event("second", 5, 2), event("first", 1, 1), event("graph", 0, 99, annotation=True)]
+    events.append(event("aten::mm", 0, 50, device="CPU"))
+    assert harness.device_launches(events) == [("first", 1e-6), ("second", pytest.approx(2e-6))]
+    assert per_call([1.0, 2.0, 10.0, 20.0], 2) == [3.0, 30.0]
+    assert per_call([1.0, 2.0, 3.0], 2) == [3.0]
+
+
+def test_peak_memory_counts_what_a_run_holds_at_once() -> None:
+    def run() -> Tensor:
+        for _ in range(3):
+            held = torch.empty(2**18)  # a mebibyte, let go before the next
+        return held.sum()
+
+    assert 2**20 <= harness.peak_bytes(run, "cpu") < 2.2 * 2**20
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Tasks
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_all_who_evaluate_the_network_agree(words: cw.Words, training: bool) -> None:
+    plan = Plan(words.words, quick=True)
+    task = Network(plan.names(24), plan.network(6, 8), training, "cpu")
+    rivals = [task.windowed(), task.reference(), task.padded_conv1d("padded")]
+    rivals += [task.convolution(kind) for kind in ("windowed", "dense", "distinct")]
+    rivals.append(task.convolution("distinct", "rebuilt", rebuilt=True))
+    rows = compare(rivals, task.expected(), HERE, FAST, memory=False)
+    status = {row.provider: row.status for row in rows if row.metric == "seconds"}
+    assert status.pop("padded") == ("not measured" if training else "ok")
+    assert set(status.values()) == {"ok"}, status
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_the_last_windows_alone_are_as_correct_and_count_as_so_many(words: cw.Words, training: bool) -> None:
+    plan = Plan(words.words, quick=True)
+    task = Network(plan.document(60), plan.network(6, 8, 4), training, "cpu", windows=10)
+    pair = [task.windowed(), task.convolution("dense")]
+    odd = replace(FAST, rounds=5)  # the median is one of them
+    rows = compare(pair, task.expected(), HERE, odd, positions=60, baseline="windowed MLP", memory=False)
+    assert {row.status for row in rows} == {"ok"}
+    rate, seconds = (only(rows, "windowed MLP", metric) for metric in ("positions_per_second", "seconds"))
+    assert rate.median == pytest.approx(10 / float(seconds.median or 0))
+    wrong = Network(plan.document(60), plan.network(6, 8, 4), training, "cpu")
+    (row,) = compare([replace(wrong.windowed(), expected=task.windowed().expected)], {}, HERE, FAST, memory=False)
+    assert row.status == "wrong"
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_all_who_compute_the_stack_agree(training: bool) -> None:
+    task = Stack(2, 13, 16, 3, torch.float32, training, "cpu")
+    rivals = [task.matmul(), task.conv1d(), task.convwave("eager"), task.convwave("triton", "triton")]
+    rows = compare([*rivals, task.pytorch_tcn()], task.expected(), HERE, FAST, memory=False)
+    status = {row.provider: row.status for row in rows if row.metric == "seconds"}
+    assert status.pop("pytorch-tcn") in ("ok", "not measured")
+    assert set(status.values()) == {"ok"}, status
+
+
+@pytest.mark.parametrize("name", ladder.RUNGS)
+def test_every_rung_of_the_ladder_is_correct(name: str) -> None:
+    task = Stack(2, 13, 16, 1 if name == "tiles" else 2, torch.float32, True, "cpu")
+    rungs, expected = ladder.RUNGS[name](task)
+    yardstick, *others = rungs[:5]
+    error = relative_error(yardstick.make().result(), expected)
+    for rung in others:
+        got = relative_error(rung.make().result(), expected)
+        assert got <= harness.error_bound(error, torch.float32), rung.provider
+
+
+def test_the_roofline_knows_the_kernels_by_their_names() -> None:
+    sources = (Path(cw.__file__).resolve().parent.parent / "kernels").glob("*.py")
+    functions = [n.name for p in sources for n in ast.walk(ast.parse(p.read_text())) if isinstance(n, ast.FunctionDef)]
+    kernels = {name for name in functions if name.endswith("_kernel")}
+    costs = roofline.kernels(1000, 64, 64, 2, 4, separate=True)
+    assert kernels - costs.keys() == {"block_sums_kernel"}  # of distinct graphs alone
+    assert costs.keys() <= kernels
+
+
+def test_roofline_counts() -> None:
+    N, C, k, size = 1000, 64, 2, 4
+    row, index, weight = N * C * size, N * k * 8, k * C * C * size
+    forward = roofline.product(N, C, C, k, size)
+    assert forward == (2 * row + index + weight, 2 * N * k * C * C)
+    fused = roofline.kernels(N, C, C, k, size, separate=False)["conv_backward_kernel"]
+    assert fused == (4 * row + 2 * index + 2 * weight, 2 * forward.flop)
+    train = roofline.level_train(N, C, C, k, size)
+    assert train.bytes == 6 * row + 3 * index + 3 * weight
+    assert train.flop == 3 * forward.flop
+    assert forward.limit(bandwidth=1.0, rate=1e30) == forward.bytes
+    assert forward.limit(bandwidth=1e30, rate=1.0) == forward.flop
+
+
+def test_breakeven_counts_rows_as_the_graphs_do() -> None:
+    words = [[1 + (i * j) % 5 for j in range(1 + i % 9)] for i in range(60)]
+    packed = cw.pack_ids(words)
+    lengths: dict[int, int] = {}
+    for length in packed.cu_seqlens.diff().tolist():
+        lengths[length] = lengths.get(length, 0) + 1
+    for strategy, build in (("windowed", cw.windowed_graph), ("dense", cw.dense_graph)):
+        graph = build(packed, 3)
+        rows = [graph.tokens.numel(), *(taps.shape[1] for taps in graph.taps)]
+        assert breakeven.rows_of(strategy, 3, lengths, 5.0) == rows
+    distinct = breakeven.rows_of("distinct", 3, lengths, 5.0)
+    assert distinct == sorted(distinct)
+    assert distinct[-1] <= len(packed)
+    works = [breakeven.Work(4, 1e6 * i, 1e9 * i**2) for i in range(1, 7)]
+    true = breakeven.Constants(2e-4, 3e-9, 4e-11)
+    assert breakeven.fit(works, [true.seconds(w) for w in works]) == pytest.approx(true)
+    with pytest.raises(ValueError, match="strategy: expected one of"):
+        breakeven.rows_of("sparse", 3, lengths, 5.0)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Files
+
+
+def study(*steps: Callable[[], list[Row]], name: str = "names") -> Study:
+    """One of these steps instead of real ones."""
+    points = [Point(name, "train", "names", 2**i) for i in range(len(steps))]
+    figures = (Figure("Time", "seconds", "train", "s"), Figure("Time again", "seconds", "train", "s", "bars"))
+    return Study(name, "Which?", lambda plan: [Step(p, s) for p, s in zip(points, steps, strict=True)], figures)
+
+
+def measured(x: int = 1, provider: str = "a & <b>", name: str = "names") -> Callable[[], list[Row]]:
+    return lambda: compare([competitor(provider)], TRUTH, Point(name, "train", "names", x), FAST, positions=5)
+
+
+def bench(names: list[str], out: Path, words: cw.Words, **options: Any) -> list[dict[str, Any]]:
+    return run_studies(names, words, out, stderr(), quick=True, **options)
+
+
+def test_a_file_says_where_its_figures_come_from(
+    tmp_path: Path, words: cw.Words, monkeypatch: pytest.MonkeyPatch, capsys
+) -> None:
+    monkeypatch.setitem(STUDIES, "names", study(measured(1), measured(2)))
+    (document,) = bench(["names"], tmp_path, words)
+    assert json.loads((tmp_path / "names.json").read_text()) == document
+    assert document["complete"]
+    assert {"command", "commit", "date", "device", "clocks", "flags", "versions", "peers"} <= document[
+        "provenance"
+    ].keys()
+    assert document["provenance"]["command"].startswith("convwave bench names --device cpu --threads ")
+    assert {"threads", "float32_matmul_precision", "cudnn.deterministic"} <= document["provenance"]["flags"].keys()
+    assert document["data_sha256"] == words.sha256
+    assert document["settings"]["quick"] is True
+    for row in document["rows"]:
+        assert row.keys() == {field.name for field in fields(Row)}
+        assert row["p05"] <= row["p25"] <= row["median"] <= row["p75"] <= row["p95"]
+        assert row["n"] >= 1
+    assert {row["metric"] for row in document["rows"]} >= {"seconds", "positions_per_second", "peak_bytes"}
+    assert (tmp_path / "names.png").read_bytes().startswith(b"\x89PNG")
+    table = capsys.readouterr().err
+    assert "train, 2 names" in table
+    assert "5 % to 95 %" in table
+
+
+def test_a_run_that_is_killed_leaves_what_it_had(
+    tmp_path: Path, words: cw.Words, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def killed() -> list[Row]:
+        raise KeyboardInterrupt
+
+    monkeypatch.setitem(STUDIES, "names", study(measured(1), killed))
+    for bundle in (False, True):
+        with pytest.raises(KeyboardInterrupt):
+            bench(["names"], tmp_path, words, bundle=bundle)
+    (_, document) = read_documents(tmp_path)["names"]
+    assert not document["complete"]
+    assert {row["x"] for row in document["rows"]} == {1}
+    assert "This run was cut short." in page(tmp_path)
+
+
+def test_a_step_that_fails_is_recorded_and_the_next_one_runs(
+    tmp_path: Path, words: cw.Words, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails() -> list[Row]:
+        raise RuntimeError("CUDA error: unspecified launch failure\nlong story")
+
+    monkeypatch.setitem(STUDIES, "names", study(fails, measured(2)))
+    (document,) = bench(["names"], tmp_path, words)
+    first, *rest = document["rows"]
+    assert (first["status"], first["note"]) == (
+        "not measured",
+        "RuntimeError: CUDA error: unspecified launch failure",
+    )
+    assert {row["x"] for row in rest} == {2}
+
+
+def test_a_budget_ends_in_not_measured_and_resume_goes_on(
+    tmp_path: Path, words: cw.Words, monkeypatch: pytest.MonkeyPatch, capsys
+) -> None:
+    monkeypatch.setitem(STUDIES, "names", study(measured(1)))
+    monkeypatch.setitem(STUDIES, "train", study(measured(1, name="train"), name="train"))
+    (done,) = bench(["names"], tmp_path, words)
+    (late,) = bench(["train"], tmp_path, words, budget=1e-9)
+    assert [(row["status"], row["note"]) for row in late["rows"]] == [("not measured", TIME_UP)]
+    assert not late["complete"]
+    (again,) = bench(["names", "train"], tmp_path, words, resume=True)
+    assert again["study"] == "train"
+    assert again["complete"]
+    assert "names: done on" in capsys.readouterr().err
+    assert read_documents(tmp_path)["names"][1] == done
+
+
+def test_the_table_and_the_file_say_that_the_machine_is_too_noisy(
+    tmp_path: Path,
+    words: cw.Words,
+    monkeypatch: pytest.MonkeyPatch,
+    clock: dict[str, Iterator[float]],
+    capsys,
+) -> None:
+    def noisy() -> list[Row]:
+        clock["noisy"] = iter([1.0, 1.0, 1.0, 1.2, 1.2, 1.2])
+        return compare([competitor("noisy", lambda: "noisy")], TRUTH, Point("names", "train", "names", 1), FAST)
+
+    monkeypatch.setitem(STUDIES, "names", study(noisy))
+    (document,) = bench(["names"], tmp_path, words)
+    assert document["noisy"] == ["noisy, train, 1 names"]
+    assert "machine too noisy: 1 of 1" in capsys.readouterr().err
+    assert any("~" in cell for line in cells(document) for cell in line)
+    assert "Machine too noisy for 1 of its times" in page(tmp_path)
+
+
+def test_two_runs_are_compared_median_against_median(
+    tmp_path: Path,
+    words: cw.Words,
+    monkeypatch: pytest.MonkeyPatch,
+    clock: dict[str, Iterator[float]],
+    capsys,
+) -> None:
+    def run(folder: str, *seconds: float) -> Path:
+        def step() -> list[Row]:
+            clock["it"] = iter(seconds)
+            return compare([competitor("it", lambda: "it")], TRUTH, Point("names", "train", "names", 1), FAST)
+
+        monkeypatch.setitem(STUDIES, "names", study(step))
+        bench(["names"], tmp_path / folder, words)
+        return tmp_path / folder
+
+    monkeypatch.setattr(charts, "png", lambda documents: None)
+    first = run("first", *[1.0] * 6)
+    near, far = run("near", *[1.09] * 6), run("far", *[0.8] * 6)
+    noisy = run("noisy", *[1.0] * 3, *[3.0] * 3)
+    capsys.readouterr()
+    assert repeat.main([str(first), str(near)]) == 0
+    assert repeat.main([str(first), str(noisy)]) == 0
+    assert repeat.main([str(first), str(far)]) == 1
+    assert repeat.main([str(first), str(tmp_path / "nowhere")]) == 2
+    assert capsys.readouterr().out.splitlines() == [
+        "1 times: 1 repeat within 10%, 0 do not, 0 were called too noisy",
+        "1 times: 0 repeat within 10%, 0 do not, 1 were called too noisy",
+        "names, train, 1, it: 25.0% apart",
+        "1 times: 0 repeat within 10%, 1 do not, 0 were called too noisy",
+    ]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Report and commands
+
+
+class Page(HTMLParser):
+    """Checks that tags are closed in order; collects links and what loads anything."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.links: list[str] = []
+        self.loads: list[str] = []
+        self.figures: list[list[str]] = []
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        values = dict(attrs)
+        if tag in ("script", "link", "img", "iframe", "object") or "src" in values or "onload" in values:
+            self.loads.append(tag)
+        if tag == "figure":
+            self.figures.append([])
+        if tag == "a":
+            self.links.append(str(values["href"]))
+            if "figure" in self.open:
+                self.figures[-1].append(self.links[-1])
+        if tag != "meta":
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        pass
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+
+def check_page(text: str, folder: Path) -> Page:
+    found = Page(text)
+    assert not found.open
+    assert not found.loads
+    assert "@import" not in text
+    assert "url(" not in text
+    assert not re.search(r"https?://", text)
+    assert all((folder / link).is_file() for link in found.links)
+    assert all(links and links[0].endswith(".json") for links in found.figures)
+    assert "prefers-color-scheme: dark" in text
+    assert 'name="viewport"' in text
+    return found
+
+
+def test_the_report_is_one_page_that_needs_nothing_else(
+    tmp_path: Path, words: cw.Words, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(STUDIES, "names", study(measured(1), measured(2)))
+    bench(["names"], tmp_path / "some-device", words)
+    (path,) = write_report(tmp_path)
+    text = path.read_text()
+    found = check_page(text, tmp_path)
+    assert len(found.figures) == 2
+    assert "a &amp; &lt;b&gt;" in text
+    assert "<b>" not in text
+    assert text.count("not measured") >= len(STUDIES) - 1
+    assert page(tmp_path) == text
+
+
+def test_the_committed_results_hold_every_study_and_make_a_page() -> None:
+    documents = read_documents(RESULTS / "cpu")
+    assert documents.keys() == STUDIES.keys()
+    for _, document in documents.values():
+        assert not [row for row in document["rows"] if row["status"] == "wrong"]
+    text = (RESULTS / "report.html").read_text()
+    check_page(text, RESULTS)
+    assert page(RESULTS) == text, "run convwave bench --report"
+
+
+def test_pictures_of_nothing() -> None:
+    assert charts.png([{"study": "names", "rows": []}]) is None
+
+
+def test_the_command_lists_its_studies(capsys) -> None:
+    assert cli.main(["bench", "--list", "--json"]) == 0
+    captured = capsys.readouterr()
+    assert json.loads(captured.out)["studies"].keys() == STUDIES.keys()
+    assert all(s.name in captured.err and s.question in captured.err for s in STUDIES.values())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        (["contexts"], "STUDY: expected some of names, context, .*'contexts'"),
+        (["names", "--threads", "0"], "--threads: expected at least 1"),
+        (["names", "--budget", "-1"], "--budget: expected more than 0"),
+        (["names", "--device", "tpu"], "--device"),
+        (["names", "--report"], "--report: makes the report of all studies"),
+        (["--report", "--out", "nowhere"], "--report: expected results"),
+    ],
+)
+def test_bad_use_is_one_line(arguments: list[str], named: str, capsys) -> None:
+    assert cli.main(["bench", *arguments]) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err.count("\n") == 1
+    assert re.search(named, captured.err)
+
+
+def test_one_study_through_the_command(tmp_path: Path, words: cw.Words, capsys) -> None:
+    data = tmp_path / "few.txt"
+    data.write_text("\n".join(words.words[:300]))
+    arguments = ["bench", "launches", "--quick", "--data", str(data), "--out", str(tmp_path / "out"), "--json"]
+    assert cli.main(arguments) == 0
+    captured = capsys.readouterr()
+    assert captured.out.count("\n") == 1
+    rows = json.loads(captured.out)["studies"]["launches"]["rows"]
+    assert {row["unit"] for row in rows} == {"kernels" if rows[0]["device"] != "cpu" else "operators"}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# make gpu
+
+
+def test_the_gpu_script_plans_every_study_within_its_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    runs: list[tuple[list[str], float]] = []
+
+    def run(arguments: list[str], log: Path, environment: dict[str, str], seconds: float) -> int:
+        log.touch()
+        runs.append((arguments, seconds))
+        return 0
+
+    monkeypatch.setattr(gpu, "run", run)
+    monkeypatch.setattr(gpu, "importable", lambda environment: environment)
+    monkeypatch.setattr(gpu.subprocess, "run", lambda *arguments, **options: None)
+    monkeypatch.setenv("OUT", str(tmp_path))
+    monkeypatch.setattr(gpu.sys, "argv", ["gpu.py", "--device", "cpu"])
+    (tmp_path / "studies.txt").write_text("of an earlier run")
+    assert gpu.main() == 0
+    (pytest_run, _), *studies = runs
+    assert pytest_run[:4] == ["-m", "pytest", "-k", gpu.TESTS]
+    assert [arguments[3] for arguments, _ in studies] == list(gpu.ORDER)
+    assert set(gpu.ORDER) == set(STUDIES)
+    assert all(seconds <= 530 for _, seconds in runs)
+    assert len(gpu.FILES) <= 8
+    assert (tmp_path / "studies.txt").read_text() == ""
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="for machines without a CUDA device")
+def test_the_gpu_script_says_in_one_line_that_there_is_no_gpu() -> None:
+    with pytest.raises(SystemExit) as stop:
+        gpu.device_folder("cuda", dict(gpu.os.environ))
+    message = str(stop.value)
+    assert message.startswith("gpu: needs a device 'cuda', there is none here: ")
+    assert "\n" not in message
+
+
+def test_the_gpu_script_says_what_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpu, "NEEDED", ("torch", "no_such_package"))
+    monkeypatch.setattr(gpu.sys, "argv", ["gpu.py"])
+    with pytest.raises(SystemExit, match=r"missing: no_such_package$"):
+        gpu.main()
+
+
+def test_a_log_is_complete_when_its_run_is_killed(tmp_path: Path) -> None:
+    log = tmp_path / "log.txt"
+    code = "import time; print('began', flush=True); time.sleep(60)"
+    assert gpu.run(["-c", code], log, dict(gpu.os.environ), 1.0) == 124
+    assert log.read_text() == "began\n\nstopped after 1 s\n"
