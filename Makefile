@@ -9,7 +9,7 @@ else
 endif
 READY := $(VENV)/.ready
 
-.PHONY: demo test lint figures studies bench gpu clean
+.PHONY: demo test lint sanitize figures studies bench gpu clean
 
 # Train the dilated causal network on names, show its loss beside the post's, invent twenty names.
 demo: $(READY)
@@ -49,6 +49,14 @@ studies: $(READY)
 bench: $(READY)
 	$(BIN)/python -m pytest benchmarks -o addopts= -o python_files='bench_*.py' -o python_functions='bench_*' \
 	  --benchmark-only --benchmark-sort=name --benchmark-columns=median,iqr,min,max,rounds
+
+# The kernels under NVIDIA's memory and race checkers (CUDA toolkit, a GPU; the system's Python as for `make gpu`).
+SANITIZE = PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --error-exitcode 1 --target-processes all
+sanitize:
+	@command -v compute-sanitizer > /dev/null || { echo "make sanitize: compute-sanitizer is not on the PATH (it comes with the CUDA toolkit)" >&2; exit 2; }
+	@$(PYTHON) -c 'import sys, torch; sys.exit(not torch.cuda.is_available() and "make sanitize: needs a CUDA device, there is none")'
+	$(SANITIZE) --tool memcheck $(PYTHON) -m pytest tests/test_kernels.py -q -k "not random_graphs"
+	$(SANITIZE) --tool racecheck $(PYTHON) -m pytest tests/test_kernels.py -q -k "real_names or widths or numbers_of_rows"
 
 # GPU tests and all studies with the system's Python, which has torch and triton; nine minutes, results in $$OUT.
 gpu:

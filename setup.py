@@ -12,6 +12,8 @@ here = Path(__file__).parent
 version = re.search(r'__version__ = "(.+)"', (here / "convwave/__init__.py").read_text(encoding="utf-8"))
 assert version is not None
 
+# torch for CUDA brings its own; without it, or elsewhere, the kernels are not there and everything else is
+triton = 'triton>=3.6; sys_platform == "linux" and platform_machine == "x86_64"'
 test = ["pytest>=8", "pytest-benchmark>=4", "hypothesis>=6.100"]
 
 setup(
@@ -25,7 +27,7 @@ setup(
     packages=["convwave", "convwave.kernels", "convwave.given_names"],
     package_dir={"convwave": "convwave", "convwave.kernels": "kernels", "convwave.given_names": "data/given_names"},
     package_data={"convwave": ["py.typed"], "convwave.given_names": ["*.txt"]},
-    install_requires=["torch>=2.11", "numpy", "safetensors>=0.4", "matplotlib>=3.8", "rich>=13"],
+    install_requires=["torch>=2.11", "numpy", "safetensors>=0.4", "matplotlib>=3.8", "rich>=13", triton],
     extras_require={"test": test, "dev": [*test, "ruff", "mypy"]},
     entry_points={"console_scripts": ["convwave = convwave.cli:main"]},
 )

@@ -188,7 +188,7 @@ def backward(task: Stack) -> tuple[list[Competitor], Results]:
                 levels.consumers[level],
                 below=(stats[level - 1], levels.betas[level - 1]) if level else None,
                 precision=precision,
-                launch=replace(backward_launch(C, H, K, levels.x.dtype, precision), fused=False),
+                launch=replace(backward_launch(C, H, K, levels.x.dtype, precision, levels.x.device), fused=False),
                 **options,
             )
             dweights.insert(0, result.dweight)
@@ -236,7 +236,7 @@ def tiles(task: Stack) -> tuple[list[Competitor], Results]:
     if "triton" in available_backends():
         from convwave.kernels.configs import forward_launch, resolve_precision
 
-        chosen = forward_launch(C, H, task.dtype, resolve_precision("auto", task.dtype))
+        chosen = forward_launch(C, H, task.dtype, resolve_precision("auto", task.dtype), levels.x.device)
         others = [
             replace(chosen, rows=rows, warps=warps, stages=stages)
             for rows in (32, 64, 128)

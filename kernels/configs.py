@@ -89,7 +89,7 @@ def _vectorised(C: int, dtype: torch.dtype) -> bool:
     return C * dtype.itemsize % 16 == 0
 
 
-def forward_launch(C: int, H: int, dtype: torch.dtype, precision: str) -> Launch:
+def forward_launch(C: int, H: int, dtype: torch.dtype, precision: str, device: torch.device) -> Launch:
     """For `conv_forward`: columns up to 128, so that the rows below are read once for H <= 128."""
     columns = _pad(H, 16, 128)
     depth = _pad(C, 16, 32)
@@ -97,7 +97,7 @@ def forward_launch(C: int, H: int, dtype: torch.dtype, precision: str) -> Launch
         return Launch(64, depth, columns)
     if dtype == torch.float32 and precision == "ieee":
         return Launch(32, min(depth, 16), columns, warps=4)
-    if C >= 512 and H >= 128 and precision != "tf32x3":
+    if has_wgmma(device) and C >= 512 and H >= 128 and precision != "tf32x3":
         half = dtype != torch.float32
         return Launch(128, 64 if half else 32, 128, warps=8, stages=2 if half else 3, per_sm=1)
     rows = 64 if _vectorised(C, dtype) or columns == 128 else 32

@@ -144,7 +144,7 @@ def conv_forward(
     taps = taps.contiguous()
     H, C, K = weight.shape
     N = taps.shape[1]
-    launch = launch or forward_launch(C, H, x.dtype, precision)
+    launch = launch or forward_launch(C, H, x.dtype, precision, x.device)
     tiles = triton.cdiv(H, launch.columns)
     programs = launch.programs(triton.cdiv(N, launch.rows), tiles, x.device)
     z = torch.empty(N, H, dtype=x.dtype, device=x.device)
