@@ -33,6 +33,7 @@ from convwave.functional import conv_bn_tanh, loss
 from convwave.generation import GenerationCache, sample
 from convwave.graph import Graph, dense_graph, distinct_graph, graph_of_windows, select_windows, windowed_graph
 from convwave.nn import BatchNorm, CausalConv1d, ConvBatchNormTanh, ConvWave
+from convwave.ops import available_backends
 
 __all__ = [
     "BatchNorm",
@@ -49,6 +50,7 @@ __all__ = [
     "Splits",
     "Vocabulary",
     "Words",
+    "available_backends",
     "conv_bn_tanh",
     "dense_graph",
     "distinct_graph",

@@ -26,7 +26,8 @@ from convwave.convert import ConversionError
 from convwave.data import NAMES_URL, DataError, Vocabulary, Words, fetch_names, load_words, pack, split_words
 from convwave.evaluation import EvaluationSet
 from convwave.generation import sample
-from convwave.nn import ConvWave, available_backends
+from convwave.nn import ConvWave
+from convwave.ops import available_backends
 from convwave.provenance import device_name, provenance
 from convwave.recipes import PUBLISHED, RECIPES
 from convwave.tiers import TIERS

@@ -1,174 +1,23 @@
-"""The fused layer's mathematics in plain PyTorch: what every kernel has to equal, in any precision up to float64.
+"""The layer, the stack and the loss as functions: checked arguments in, the chosen backend behind.
 
-Shapes: N rows of a level, N' rows of the level below, C channels below, H channels, k taps.
+Backends: "eager" is plain PyTorch (`convwave.eager`); "triton" is one op a call (`convwave.ops`), which runs the fused
+kernels on CUDA tensors of float32, bfloat16 and float16, and plain PyTorch on others; "auto" is "triton" where there is
+a CUDA device.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
+from typing import Literal
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from convwave.graph import Graph
+from convwave import eager, ops
+from convwave.graph import Consumers, Graph, Padding, dilated_taps
 
-
-def gather_conv(h: Tensor, weight: Tensor, taps: Tensor, shift: Tensor | None = None) -> Tensor:
-    """Convolution over gathered rows: ``z[n] = shift + sum_j weight[:, :, j] @ h[taps[j, n]]``.
-
-    Args:
-        h: (N', C) activations of the level below.
-        weight: (H, C, k), torch's Conv1d layout, oldest tap first.
-        taps: (k, N) int64 rows of `h`.
-        shift: (H,) or None for 0.
-
-    Returns:
-        (N, H).
-    """
-    H, C, k = weight.shape
-    if h.shape[0] * k < taps.shape[1] and C * k >= H:
-        # fewer rows below than above, as in a distinct graph: multiply each once, then gather and add
-        z = _affine(h, weight[:, :, 0].T, shift).index_select(0, taps[0])
-        for j in range(1, k):
-            z.add_((h @ weight[:, :, j].T).index_select(0, taps[j]))
-        return z
-    joined = torch.cat([h.index_select(0, tap) for tap in taps], dim=1)  # (N, kC)
-    return _affine(joined, weight.permute(2, 1, 0).reshape(k * C, H), shift)
-
-
-def _affine(x: Tensor, weight: Tensor, shift: Tensor | None) -> Tensor:
-    return x @ weight if shift is None else torch.addmm(shift, x, weight)
-
-
-def center(z: Tensor, weights: Tensor | None, total: float, unbiased: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """Mean, variance and deviations of rows of which row n stands for ``weights[n]`` equal ones.
-
-    Args:
-        z: (N, H).
-        weights: (N,) >= 0, any dtype; None means 1 each.
-        total: sum of the weights.
-        unbiased: divide the variance by ``total - 1`` (torch.var's default, the post's) instead of ``total``.
-
-    Returns:
-        mean (H,), variance (H,), ``z - mean`` (N, H).
-
-    Raises:
-        ValueError: too few rows for a variance.
-    """
-    divisor = total - 1 if unbiased else total
-    if divisor <= 0:
-        raise ValueError(
-            f"weights: {'an unbiased' if unbiased else 'a'} variance needs a total count above "
-            f"{1 if unbiased else 0}, got {total:g}"
-        )
-    if weights is None:
-        mean = z.mean(0)
-        deviation = z - mean
-        return mean, deviation.square().sum(0) / divisor, deviation
-    # .sum adds pairwise; a matrix-vector product adds one by one, and errs 100 times more over 50,000 float32 rows
-    w = weights.to(z.dtype)[:, None]
-    mean = (w * z).sum(0) / total
-    deviation = z - mean
-    return mean, (w * deviation.square()).sum(0) / divisor, deviation
-
-
-def batch_norm(
-    z: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    running_mean: Tensor,
-    running_var: Tensor,
-    *,
-    weights: Tensor | None = None,
-    total: float | None = None,
-    training: bool = False,
-    unbiased: bool = True,
-    momentum: float = 0.1,
-    eps: float = 1e-5,
-) -> Tensor:
-    """BatchNorm whose rows carry multiplicities.
-
-    In training mode it normalises with the weighted statistics of `z` and moves the running ones towards them in
-    place; otherwise it normalises with the running ones. With ``unbiased=True`` the unbiased variance is used for
-    both, as in the post; with ``unbiased=False`` the biased one normalises and the unbiased one is tracked, as in
-    `torch.nn.BatchNorm1d`.
-
-    Args:
-        z: (N, H).
-        weight, bias, running_mean, running_var: (H,).
-        weights: (N,) how many windows contain each row; None means 1 each.
-        total: sum of the weights; computed when None.
-
-    Returns:
-        (N, H).
-
-    Raises:
-        ValueError: too few rows for a variance in training mode.
-    """
-    if not training:
-        return (z - running_mean) * (weight * torch.rsqrt(running_var + eps)) + bias
-    total = _total(z, weights, total)
-    mean, var, deviation = center(z, weights, total, unbiased)
-    _track(running_mean, running_var, mean, var, total, unbiased, momentum)
-    return torch.addcmul(bias, deviation, weight * torch.rsqrt(var + eps))
-
-
-def _total(z: Tensor, weights: Tensor | None, total: float | None) -> float:
-    if total is not None:
-        return total
-    return float(z.shape[0]) if weights is None else float(weights.sum())
-
-
-@torch.no_grad()
-def _track(
-    running_mean: Tensor, running_var: Tensor, mean: Tensor, var: Tensor, total: float, unbiased: bool, momentum: float
-) -> None:
-    """Move the running statistics towards a batch's, in place; the variance that is tracked is the unbiased one."""
-    tracked = var * (total / (total - 1)) if not unbiased and total > 1 else var
-    running_mean.lerp_(mean.to(running_mean.dtype), momentum)
-    running_var.lerp_(tracked.to(running_var.dtype), momentum)
-
-
-class _NormTanh(torch.autograd.Function):
-    """``tanh(batch_norm(z))`` in training mode, with the gradient in closed form: 8 passes over memory, not 20.
-
-    With zhat = (z - mean) * rstd, g the gradient in front of the tanh (summed over all that read the row), w the
-    weights, n their sum and c = 1 for the unbiased variance, else 0:
-
-        dbeta = sum g,   dgamma = sum g zhat,
-        dz = gamma rstd (g - w (dbeta / n + zhat dgamma / (n - c)))
-
-    The weights multiply the correction and not g: a row that stands for w windows has all their gradients in g already.
-    """
-
-    @staticmethod
-    def forward(
-        z: Tensor, gamma: Tensor, beta: Tensor, weights: Tensor | None, total: float, unbiased: bool, eps: float
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-        mean, var, deviation = center(z, weights, total, unbiased)
-        rstd = torch.rsqrt(var + eps)
-        return torch.addcmul(beta, deviation, gamma * rstd).tanh_(), mean, var, deviation, rstd
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        _, gamma, _, weights, total, unbiased, _ = inputs
-        h, mean, var, deviation, rstd = output
-        ctx.mark_non_differentiable(mean, var, deviation, rstd)
-        ctx.save_for_backward(h, deviation, rstd, gamma, weights)
-        ctx.total, ctx.divisor = total, total - 1 if unbiased else total
-
-    @staticmethod
-    def backward(ctx: Any, dh: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
-        h, deviation, rstd, gamma, weights = ctx.saved_tensors
-        g = torch.ops.aten.tanh_backward(dh, h)
-        dbeta = g.sum(0)
-        dgamma = (g * deviation).sum(0) * rstd
-        correction = torch.addcmul(dbeta / ctx.total, deviation, dgamma * rstd / ctx.divisor)
-        if weights is not None:
-            correction.mul_(weights.to(g.dtype)[:, None])
-        dz = g.sub_(correction).mul_(gamma * rstd)
-        return dz, dgamma, dbeta, None, None, None, None
+Layout = Literal["BTC", "BCT"]
 
 
 def conv_bn_tanh(
@@ -179,34 +28,187 @@ def conv_bn_tanh(
     running_mean: Tensor,
     running_var: Tensor,
     *,
-    taps: Tensor,
+    taps: Tensor | None = None,
     counts: Tensor | None = None,
     total: float | None = None,
+    cu_seqlens: Tensor | None = None,
+    dilation: int = 1,
+    padding: Padding = "replicate",
+    layout: Layout = "BTC",
     training: bool = False,
     unbiased: bool = True,
     momentum: float = 0.1,
     eps: float = 1e-5,
+    backend: str = "auto",
+    precision: str = "auto",
 ) -> Tensor:
-    """One level of the network: ``tanh(batch_norm(gather_conv(x)))``.
+    """Dilated causal convolution without bias, BatchNorm, tanh.
+
+    `x` is one of
+
+    - (N', C) rows with `taps`: one level of a graph;
+    - (N, C) rows of sequences that lie end to end, with `cu_seqlens` (without: one sequence);
+    - (B, T, C) or, with ``layout="BCT"``, (B, C, T) sequences of equal length.
+
+    In training mode the running statistics are moved in place, as in `eager.batch_norm`. With ``padding="zeros"``,
+    ``layout="BCT"`` and ``unbiased=False`` this is left padding, `nn.Conv1d`, `nn.BatchNorm1d` and `nn.Tanh`.
 
     Args:
-        x: (N', C) activations of the level below.
-        weight: (H, C, k), oldest tap first.
+        x: floating point.
+        weight: (H, C, k), torch's Conv1d layout, oldest tap first.
         norm_weight, norm_bias, running_mean, running_var: (H,).
-        taps: (k, N) int64 rows of `x`: a level of a graph.
-        counts, total, training, unbiased, momentum, eps: see `batch_norm`.
+        taps: (k, N) int64 rows of x; excludes `cu_seqlens`, `dilation` and `padding`.
+        counts: how many windows contain each output row, for the statistics: (N,), or (B, T); None means once.
+        total: their sum, when known.
+        cu_seqlens: (B + 1,) int64, where each sequence begins, and the number of rows.
+        dilation: distance of the taps in positions.
+        padding: what stands before a sequence: its first row again, or zeros.
+        backend, precision: see `ops.choose_backend` and `ConvWave`.
 
     Returns:
-        (N, H).
+        (N, H), (B, T, H) or (B, H, T), of the dtype of x.
+
+    Raises:
+        ValueError: shapes or options that do not go together, or too few rows for a variance.
+        RuntimeError: backend="triton" where there is none.
     """
-    if not training:  # fold the running statistics into the convolution
-        scale = norm_weight * torch.rsqrt(running_var + eps)
-        return gather_conv(x, weight * scale[:, None, None], taps, norm_bias - running_mean * scale).tanh_()
-    z = gather_conv(x, weight, taps)
-    total = _total(z, counts, total)
-    h, mean, var, _, _ = _NormTanh.apply(z, norm_weight, norm_bias, counts, total, unbiased, eps)
-    _track(running_mean, running_var, mean, var, total, unbiased, momentum)
-    return h
+    H, C, k = _check_layer(x, weight, taps, cu_seqlens, dilation, padding, layout)
+    if counts is not None:
+        counts = counts.reshape(-1)
+    rows = x
+    if x.ndim == 3:
+        rows = (x.transpose(1, 2) if layout == "BCT" else x).reshape(-1, C)
+    if taps is None:
+        taps = dilated_taps(_first(x, layout, cu_seqlens), k, dilation, padding)
+    if counts is not None and counts.shape[0] != taps.shape[1]:
+        raise ValueError(f"counts: expected {taps.shape[1]} numbers, one per output row, got {counts.shape[0]}")
+    norm = (norm_weight, norm_bias, running_mean, running_var)
+    if backend != "eager" and ops.choose_backend(backend) == "triton":
+        h = conv_stack(
+            rows,
+            [weight],
+            *([t] for t in norm),
+            taps=[taps],
+            counts=[counts] if counts is not None else [],
+            totals=[total] if total is not None else None,
+            training=training,
+            unbiased=unbiased,
+            momentum=[momentum],
+            eps=[eps],
+            precision=precision,
+        )
+    else:
+        if padding == "zeros":  # -1 is read from a row of zeros
+            taps = torch.where(taps < 0, rows.shape[0], taps)
+            rows = torch.cat([rows, rows.new_zeros(1, C)])
+        h = eager.level(
+            rows,
+            weight,
+            *norm,
+            taps=taps,
+            counts=counts,
+            total=total,
+            training=training,
+            unbiased=unbiased,
+            momentum=momentum,
+            eps=eps,
+        )
+    if x.ndim == 2:
+        return h
+    B, T = (x.shape[0], x.shape[2]) if layout == "BCT" else x.shape[:2]
+    h = h.view(B, T, H)
+    return h.transpose(1, 2) if layout == "BCT" else h
+
+
+def _check_layer(
+    x: Tensor,
+    weight: Tensor,
+    taps: Tensor | None,
+    cu_seqlens: Tensor | None,
+    dilation: int,
+    padding: Padding,
+    layout: Layout,
+) -> tuple[int, int, int]:
+    """H, C, k."""
+    if weight.ndim != 3:
+        raise ValueError(f"weight: expected shape (H, C, k), got {tuple(weight.shape)}")
+    H, C, k = weight.shape
+    if layout not in ("BTC", "BCT"):
+        raise ValueError(f"layout: expected 'BTC' or 'BCT', got {layout!r}")
+    if padding not in ("replicate", "zeros"):
+        raise ValueError(f"padding: expected 'replicate' or 'zeros', got {padding!r}")
+    if dilation < 1:
+        raise ValueError(f"dilation: expected at least 1, got {dilation}")
+    if x.ndim not in (2, 3):
+        raise ValueError(f"x: expected (N, C), (B, T, C) or (B, C, T), got shape {tuple(x.shape)}")
+    channels = x.shape[1] if x.ndim == 3 and layout == "BCT" else x.shape[-1]
+    if channels != C:
+        raise ValueError(f"x: expected {C} channels, as many as weight has, got {channels} in shape {tuple(x.shape)}")
+    if x.ndim == 3 and (taps is not None or cu_seqlens is not None):
+        raise ValueError(f"taps, cu_seqlens: expected None with x of shape {tuple(x.shape)}, they are for rows (N, C)")
+    if taps is not None and cu_seqlens is not None:
+        raise ValueError("cu_seqlens: expected None together with taps")
+    if taps is not None and (padding != "replicate" or dilation != 1):
+        raise ValueError("padding, dilation: expected their defaults together with taps, which carry both out")
+    if taps is not None and (taps.ndim != 2 or taps.shape[0] != k):
+        raise ValueError(f"taps: expected shape ({k}, N), one row per tap of weight, got {tuple(taps.shape)}")
+    return H, C, k
+
+
+def _first(x: Tensor, layout: Layout, cu_seqlens: Tensor | None) -> Tensor:
+    """(N,) the row at which each row's sequence begins."""
+    if cu_seqlens is not None:
+        return torch.repeat_interleave(cu_seqlens[:-1], cu_seqlens.diff(), output_size=x.shape[0])
+    if x.ndim == 2:
+        return torch.zeros(x.shape[0], dtype=torch.int64, device=x.device)
+    B, T = (x.shape[0], x.shape[2]) if layout == "BCT" else x.shape[:2]
+    return (torch.arange(B, device=x.device) * T).repeat_interleave(T, output_size=B * T)
+
+
+def conv_stack(
+    x: Tensor,
+    weights: Sequence[Tensor],
+    norm_weights: Sequence[Tensor],
+    norm_biases: Sequence[Tensor],
+    running_means: Sequence[Tensor],
+    running_vars: Sequence[Tensor],
+    *,
+    taps: Sequence[Tensor],
+    counts: Sequence[Tensor] = (),
+    totals: Sequence[float] | None = None,
+    training: bool,
+    unbiased: bool,
+    momentum: Sequence[float],
+    eps: Sequence[float],
+    precision: str = "auto",
+    consumers: Sequence[Consumers] = (),
+) -> Tensor:
+    """Levels of `conv_bn_tanh` one above the other in one op, activations in between never written to memory.
+
+    Args:
+        x: (N_0, C).
+        totals: sums of the counts, to be checked; None leaves them unchecked, and too few rows give NaN.
+        consumers: `Graph.consumers`, for the backward pass; found out there when not given.
+        others: one per level, see `conv_bn_tanh`.
+
+    Returns:
+        (N_L, H_L).
+    """
+    if training:
+        for level, tap in enumerate(taps):
+            total = totals[level] if totals is not None else None if counts else float(tap.shape[1])
+            if total is not None:
+                eager.variance_divisor(total, unbiased)
+        h, stats = ops.stack(
+            x, weights, norm_weights, norm_biases, [], taps, counts, eps, unbiased, precision, consumers
+        )
+        for level, (mean, var) in enumerate(zip(running_means, running_vars, strict=True)):
+            s = eager.Stats(*stats[level].detach())
+            eager.track(mean, var, s.mean, s.var, s.total, unbiased, momentum[level])
+        return h
+    norms = zip(running_means, running_vars, norm_weights, eps, strict=True)
+    fixed = [eager.fixed_stats(mean, var, gamma.detach(), e) for mean, var, gamma, e in norms]
+    return ops.stack(x, weights, norm_weights, norm_biases, fixed, taps, counts, eps, unbiased, precision, consumers)[0]
 
 
 def loss(logits: Tensor, graph: Graph) -> Tensor:

@@ -20,7 +20,8 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
-from typing import Any, Literal
+from functools import cached_property
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -28,6 +29,38 @@ from torch import Tensor
 from convwave.data import Packed
 
 Kind = Literal["windowed", "dense", "distinct"]
+Padding = Literal["replicate", "zeros"]
+
+
+class Consumers(NamedTuple):
+    """Which rows n of a level read row r of the level below as tap j: entries ``begin .. end`` of that tap.
+
+    Attributes:
+        ranges: (2, k, N') int64, begin and end.
+        order: (k, N) int64, the row n of each entry; empty where entry n is row n.
+        most: the most entries that a range can have, 0 if unknown.
+    """
+
+    ranges: Tensor
+    order: Tensor
+    most: int = 0
+
+
+def find_consumers(taps: Tensor, rows_below: int, ascending: bool = False, most: int = 0) -> Consumers:
+    """The taps the other way round, which is what a gradient needs.
+
+    Args:
+        taps: (k, N) int64 rows of the level below; -1 reads nothing.
+        rows_below: N'.
+        ascending: every tap's rows ascend, as in dense and windowed graphs: no sorting.
+        most: see `Consumers`.
+    """
+    values, order = taps.contiguous(), taps.new_empty(0)
+    if not ascending:
+        values, order = values.sort(dim=1, stable=True)
+    bounds = torch.arange(rows_below + 1, device=taps.device).expand(taps.shape[0], -1).contiguous()
+    edges = torch.searchsorted(values, bounds)
+    return Consumers(torch.stack([edges[:, :-1], edges[:, 1:]]), order, most)
 
 
 @dataclass(frozen=True)
@@ -86,6 +119,17 @@ class Graph:
     def num_nodes(self) -> int:
         """Rows of all levels above the tokens: node evaluations."""
         return sum(w.numel() for w in self.weights)
+
+    @cached_property
+    def consumers(self) -> tuple[Consumers, ...]:
+        """Per level, who reads each row of the level below; made on first use."""
+        result = []
+        rows_below = [self.tokens.numel(), *(w.numel() for w in self.weights[:-1])]
+        for level, (taps, rows) in enumerate(zip(self.taps, rows_below, strict=True)):
+            reach = (self.factors[level] - 1) * math.prod(self.factors[:level])
+            most = {"windowed": 1, "dense": reach + 1, "distinct": 0}[self.kind]
+            result.append(find_consumers(taps, rows, self.kind != "distinct", most))
+        return tuple(result)
 
     def to(self, device: torch.device | str) -> Graph:
         """The same graph on another device."""
@@ -309,15 +353,28 @@ def _first(packed: Packed) -> Tensor:
     return torch.repeat_interleave(cu[:-1], cu.diff(), output_size=len(packed))
 
 
+def dilated_taps(first: Tensor, kernel_size: int, dilation: int, padding: Padding = "replicate") -> Tensor:
+    """Taps of a causal convolution over sequences that lie end to end.
+
+    Args:
+        first: (N,) int64 the row at which each row's sequence begins.
+        padding: what stands before a sequence: its own first row again ("replicate", what the windows' filling with
+            token 0 amounts to), or "zeros", which are marked -1.
+
+    Returns:
+        (kernel_size, N), oldest tap first.
+    """
+    index = torch.arange(first.shape[0], device=first.device)
+    taps = []
+    for back in range((kernel_size - 1) * dilation, -1, -dilation):
+        row = index - back
+        taps.append(torch.maximum(row, first) if padding == "replicate" else torch.where(row < first, -1, row))
+    return torch.stack(taps)
+
+
 def _dense_taps(packed: Packed, factors: Sequence[int]) -> list[Tensor]:
-    index = torch.arange(len(packed), device=packed.tokens.device)
     first = _first(packed)
-    taps, dilation = [], 1
-    for factor in factors:
-        offsets = [(factor - 1 - j) * dilation for j in range(factor)]
-        taps.append(torch.stack([torch.maximum(index - offset, first) for offset in offsets]))
-        dilation *= factor
-    return taps
+    return [dilated_taps(first, factor, math.prod(factors[:level])) for level, factor in enumerate(factors)]
 
 
 def _distinct(columns: Tensor, bound: int) -> tuple[Tensor, int, Tensor]:

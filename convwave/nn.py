@@ -13,9 +13,11 @@ from typing import Any, Literal, TypeVar, cast
 import torch
 from torch import Tensor, nn
 
-from convwave import functional
+from convwave import eager, functional
 from convwave.data import Vocabulary
-from convwave.graph import Graph
+from convwave.functional import Layout
+from convwave.graph import Graph, Padding
+from convwave.ops import PRECISIONS, choose_backend
 
 Statistics = Literal["windows", "positions"]
 _T = TypeVar("_T", int, float)
@@ -44,14 +46,14 @@ class CausalConv1d(nn.Module):
 
     def forward(self, h: Tensor, taps: Tensor) -> Tensor:
         """(N', C), (k, N) -> (N, H)."""
-        return functional.gather_conv(h, self.weight, taps)
+        return eager.gather_conv(h, self.weight, taps)
 
     def extra_repr(self) -> str:
         return f"{self.in_channels}, {self.out_channels}, kernel_size={self.kernel_size}, dilation={self.dilation}"
 
 
 class BatchNorm(nn.Module):
-    """BatchNorm over rows that carry multiplicities; see `functional.batch_norm`."""
+    """BatchNorm over rows that carry multiplicities; see `eager.batch_norm`."""
 
     running_mean: Tensor
     running_var: Tensor
@@ -66,7 +68,7 @@ class BatchNorm(nn.Module):
 
     def forward(self, z: Tensor, weights: Tensor | None = None, total: float | None = None) -> Tensor:
         """(N, H), (N,) counts or None, their sum or None -> (N, H)."""
-        return functional.batch_norm(
+        return eager.batch_norm(
             z,
             self.weight,
             self.bias,
@@ -85,7 +87,19 @@ class BatchNorm(nn.Module):
 
 
 class ConvBatchNormTanh(nn.Module):
-    """One level: dilated causal convolution, weighted BatchNorm, tanh."""
+    """Dilated causal convolution without bias, weighted BatchNorm, tanh: a level, or a layer by itself.
+
+    Args:
+        in_channels, out_channels: C, H.
+        kernel_size, dilation: k taps, and their distance in positions.
+        unbiased, eps, momentum: see `BatchNorm`.
+        padding: what stands before a sequence: its first row again ("replicate"), or "zeros".
+        layout: of three-dimensional input and output: "BTC", or "BCT" as in `nn.Conv1d`.
+        backend, precision: see `ConvWave`.
+
+    With ``unbiased=False, padding="zeros", layout="BCT"`` it equals `nn.Conv1d` (without bias, padded with zeros on the
+    left) + `nn.BatchNorm1d` + `nn.Tanh` of the same parameters.
+    """
 
     def __init__(
         self,
@@ -96,13 +110,38 @@ class ConvBatchNormTanh(nn.Module):
         unbiased: bool = True,
         eps: float = 1e-5,
         momentum: float = 0.1,
+        *,
+        padding: Padding = "replicate",
+        layout: Layout = "BTC",
+        backend: str = "auto",
+        precision: str = "auto",
     ) -> None:
         super().__init__()
         self.conv = CausalConv1d(in_channels, out_channels, kernel_size, dilation)
         self.norm = BatchNorm(out_channels, unbiased, eps, momentum)
+        self.padding, self.layout = padding, layout
+        self.backend, self.precision = choose_backend(backend), _check_precision(precision)
 
-    def forward(self, h: Tensor, taps: Tensor, weights: Tensor | None = None, total: float | None = None) -> Tensor:
-        """(N', C), (k, N), (N,) counts or None, their sum or None -> (N, H)."""
+    def forward(
+        self,
+        h: Tensor,
+        taps: Tensor | None = None,
+        weights: Tensor | None = None,
+        total: float | None = None,
+        *,
+        cu_seqlens: Tensor | None = None,
+    ) -> Tensor:
+        """Rows or sequences in, the same out.
+
+        Args:
+            h: (N', C) rows with `taps`; (N, C) sequences end to end with `cu_seqlens`; (B, T, C) or (B, C, T).
+            taps: (k, N) rows of h, a level of a graph; then dilation and padding are not used.
+            weights: counts of the output rows for the statistics, (N,) or (B, T); None means 1 each.
+            total: their sum, when known.
+
+        Returns:
+            (N, H), (B, T, H) or (B, H, T).
+        """
         norm = self.norm
         return functional.conv_bn_tanh(
             h,
@@ -114,11 +153,20 @@ class ConvBatchNormTanh(nn.Module):
             taps=taps,
             counts=weights,
             total=total,
+            cu_seqlens=cu_seqlens,
+            dilation=1 if taps is not None else self.conv.dilation,
+            padding="replicate" if taps is not None else self.padding,
+            layout=self.layout,
             training=norm.training,
             unbiased=norm.unbiased,
             momentum=norm.momentum,
             eps=norm.eps,
+            backend=self.backend,
+            precision=self.precision,
         )
+
+    def extra_repr(self) -> str:
+        return f"padding={self.padding!r}, layout={self.layout!r}, backend={self.backend!r}"
 
 
 class ConvWave(nn.Module):
@@ -130,7 +178,10 @@ class ConvWave(nn.Module):
         n_hidden: channels H of every level, or one number for each.
         levels: number of pairwise levels; the context is ``2 ** levels`` tokens.
         unbiased: normalise with the unbiased variance (the post) or the biased one (`nn.BatchNorm1d`).
-        backend: "eager" is plain PyTorch; "auto" picks the fastest that is there; "triton" asks for the kernels.
+        backend: "eager" is plain PyTorch; "triton" the fused kernels, on CUDA tensors; "auto" is "triton" where
+            there is a CUDA device. Chosen once, here.
+        precision: of float32 products in the kernels: "ieee", "tf32x3" (three TF32 products, as accurate), "tf32", or
+            "auto": what `torch.set_float32_matmul_precision` asks for, "tf32x3" at its "highest".
         statistics: "windows" weighs every row by the windows that contain it, which makes training mode equal to the
             windowed network; "positions" counts every row once, as a user of temporal convolutions expects.
         factors: taps of each level instead of ``levels`` times 2; level l has dilation ``prod(factors[:l])``.
@@ -157,6 +208,7 @@ class ConvWave(nn.Module):
         eps: float | Sequence[float] = 1e-5,
         momentum: float | Sequence[float] = 0.1,
         vocabulary: Vocabulary | None = None,
+        precision: str = "auto",
     ) -> None:
         super().__init__()
         factors = tuple(factors) if factors is not None else (2,) * levels
@@ -175,14 +227,22 @@ class ConvWave(nn.Module):
             raise ValueError(f"vocabulary: expected {vocab_size} symbols, got {len(vocabulary)}")
         self.vocab_size, self.n_embd, self.widths = vocab_size, n_embd, tuple(widths)
         self.factors, self.unbiased, self.statistics = factors, unbiased, statistics
-        self.backend = choose_backend(backend)
+        self.backend, self.precision = choose_backend(backend), _check_precision(precision)
         self.vocabulary = vocabulary
 
         self.embedding = nn.Embedding(vocab_size, n_embd)
         channels = [n_embd, *widths]
         self.blocks = nn.ModuleList(
             ConvBatchNormTanh(
-                channels[i], channels[i + 1], factor, math.prod(factors[:i]), unbiased, epsilons[i], momenta[i]
+                channels[i],
+                channels[i + 1],
+                factor,
+                math.prod(factors[:i]),
+                unbiased,
+                epsilons[i],
+                momenta[i],
+                backend=backend,
+                precision=precision,
             )
             for i, factor in enumerate(factors)
         )
@@ -224,10 +284,33 @@ class ConvWave(nn.Module):
                 f"graph: statistics='positions' trains on a dense graph only, got a {graph.kind} one, "
                 "whose rows are not the positions"
             )
-        h = self.embedding(graph.tokens)
-        for block, taps, weights, total in zip(self.layers, graph.taps, graph.weights, graph.totals, strict=True):
-            h = block(h, taps, weights, total) if self.statistics == "windows" else block(h, taps)
-        return self.head(h)
+        return self.head(self.features(self.embedding(graph.tokens), graph))
+
+    def features(self, h: Tensor, graph: Graph) -> Tensor:
+        """The stack by itself: bottom activations (N_0, n_embd) -> top activations (graph.num_rows, H)."""
+        counted = self.statistics == "windows"
+        if self.backend == "eager":
+            for block, taps, weights, total in zip(self.layers, graph.taps, graph.weights, graph.totals, strict=True):
+                h = block(h, taps, weights, total) if counted else block(h, taps)
+            return h
+        convs, norms = [block.conv for block in self.layers], [block.norm for block in self.layers]
+        return functional.conv_stack(
+            h,
+            [conv.weight for conv in convs],
+            [norm.weight for norm in norms],
+            [norm.bias for norm in norms],
+            [norm.running_mean for norm in norms],
+            [norm.running_var for norm in norms],
+            taps=graph.taps,
+            counts=graph.weights if counted else (),
+            totals=graph.totals if counted else None,
+            training=self.training,
+            unbiased=self.unbiased,
+            momentum=[norm.momentum for norm in norms],
+            eps=[norm.eps for norm in norms],
+            precision=self.precision,
+            consumers=() if torch.compiler.is_compiling() or not torch.is_grad_enabled() else graph.consumers,
+        )
 
     def config(self) -> dict[str, Any]:
         """What `ConvWave(**config)` needs to make this network again, apart from the backend; plain JSON values."""
@@ -259,20 +342,7 @@ def _per_level(name: str, value: _T | Sequence[_T], levels: int) -> list[_T]:
     return values
 
 
-def available_backends() -> list[str]:
-    """The backends that this machine and this version have."""
-    return ["eager"]
-
-
-def choose_backend(backend: str) -> str:
-    """The backend that "auto", "eager" or "triton" means on this machine.
-
-    Raises:
-        ValueError: another name.
-        RuntimeError: a backend that is not there.
-    """
-    if backend not in ("auto", "eager", "triton"):
-        raise ValueError(f"backend: expected 'auto', 'eager' or 'triton', got {backend!r}")
-    if backend == "triton":
-        raise RuntimeError("backend: 'triton' is not available: this version of convwave has no Triton kernels yet")
-    return "eager"
+def _check_precision(precision: str) -> str:
+    if precision not in PRECISIONS:
+        raise ValueError(f"precision: expected one of {', '.join(PRECISIONS)}, got {precision!r}")
+    return precision

@@ -1,4 +1,14 @@
-"""The Triton kernels and their launchers, installed as ``convwave.kernels``.
+"""The Triton kernels and their launchers, installed as ``convwave.kernels``. Importing a file here imports triton.
 
-None has landed yet: every backend name resolves to the plain PyTorch of `convwave.functional`.
+In reading order:
+
+- primitives.py: tanh, merging of statistics, what every kernel does to a row;
+- forward.py: one level: gather, BatchNorm + tanh of the level below on load, product, weighted statistics;
+- norm_tanh.py: the end of a stack, BatchNorm + tanh by itself, and the gradient that enters there;
+- backward.py: one level: gradients of the rows below, of the matrices, and the sums that BatchNorm's gradient needs;
+- stack.py: launches them for a whole stack; what they compute is `convwave.eager.stack_forward` and `stack_backward`;
+- configs.py: tile sizes by shape.
+
+The dialect: ``i_*`` program ids, ``o_*`` offset vectors, ``m_*`` masks, ``b_*`` tiles in registers, ``B*`` tile sizes;
+N rows of a level, M rows of the level below, C channels below, H channels, K taps, P programs that share a sum.
 """

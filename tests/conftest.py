@@ -9,12 +9,26 @@ import pytest
 import torch
 from hypothesis import settings
 
+if (
+    not torch.cuda.is_available()
+):  # read when triton is first imported: kernels then run in its interpreter, on CPU tensors
+    os.environ["TRITON_INTERPRET"] = "1"
+
 import convwave as cw
 
 # Planted faults (mutation.py) must be caught by the same examples every time; elsewhere examples are new in every run.
 settings.register_profile("default", deadline=None)
 settings.register_profile("mutation", deadline=None, derandomize=True, max_examples=30)
 settings.load_profile("mutation" if os.environ.get("CONVWAVE_MUTATION") else "default")
+
+GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device, there is none")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if item.get_closest_marker("gpu"):
+            item.add_marker(GPU)
+
 
 torch.set_num_threads(1)  # small tensors: two threads are slower than one, and far slower on a busy machine
 

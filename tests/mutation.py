@@ -37,85 +37,84 @@ class Mutant:
 
 
 MUTANTS = [
-    Mutant("taps swapped", "functional", "weight.permute(2, 1, 0)", "weight.flip(2).permute(2, 1, 0)"),
+    Mutant("taps swapped", "eager", "weight.permute(2, 1, 0)", "weight.flip(2).permute(2, 1, 0)"),
     Mutant(
         "one tap's matrix used twice where products are gathered",
-        "functional",
+        "eager",
         "(h @ weight[:, :, j].T)",
         "(h @ weight[:, :, j - 1].T)",
     ),
     Mutant(
         "zero padding at the first position",
-        "functional",
+        "eager",
         "[h.index_select(0, tap) for tap in taps]",
         "[h.index_select(0, t) * (1 - (t == taps[-1]).to(h) * (j + 1 < k))[:, None] for j, t in enumerate(taps)]",
     ),
-    Mutant("weights ignored in the mean", "functional", "(w * z).sum(0) / total", "z.mean(0)"),
-    Mutant("weights ignored in the variance", "functional", "(w * deviation.square()).sum(0) / divisor", "z.var(0)"),
-    Mutant("weights squared in the variance", "functional", "(w * deviation.square())", "((w * deviation).square())"),
-    Mutant(
-        "weights ignored in the backward pass", "functional", "correction.mul_(weights.to(g.dtype)[:, None])", "pass"
-    ),
+    Mutant("weights ignored in the mean", "eager", "(w * z).sum(0) / total", "z.mean(0)"),
+    Mutant("weights ignored in the variance", "eager", "(w * deviation.square()).sum(0) / divisor", "z.var(0)"),
+    Mutant("weights squared in the variance", "eager", "(w * deviation.square())", "((w * deviation).square())"),
+    Mutant("weights ignored in the backward pass", "eager", "correction.mul_(weights.to(g.dtype)[:, None])", "pass"),
     Mutant(
         "weights multiply the gradient too",
-        "functional",
+        "eager",
         "g.sub_(correction)",
         "g.mul_(weights.to(g.dtype)[:, None] if weights is not None else 1).sub_(correction)",
     ),
-    Mutant(
-        "no gradient through the mean", "functional", "torch.addcmul(dbeta / ctx.total,", "torch.addcmul(0 * dbeta,"
-    ),
-    Mutant("no gradient through the variance", "functional", "dgamma * rstd / ctx.divisor)", "0 * dgamma)"),
+    Mutant("no gradient through the mean", "eager", "torch.addcmul(dbeta / ctx.total,", "torch.addcmul(0 * dbeta,"),
+    Mutant("no gradient through the variance", "eager", "dgamma * rstd / ctx.divisor)", "0 * dgamma)"),
     Mutant(
         "biased for unbiased in the backward pass",
-        "functional",
+        "eager",
         "dgamma * rstd / ctx.divisor)",
         "dgamma * rstd / ctx.total)",
     ),
-    Mutant("derivative of tanh forgotten", "functional", "torch.ops.aten.tanh_backward(dh, h)", "dh.clone()"),
-    Mutant("biased for unbiased", "functional", "total - 1 if unbiased else total\n", "total\n"),
-    Mutant("unbiased for biased", "functional", "total - 1 if unbiased else total\n", "total - 1\n"),
+    Mutant("derivative of tanh forgotten", "eager", "torch.ops.aten.tanh_backward(dh, h)", "dh.clone()"),
+    Mutant("biased for unbiased", "eager", "total - 1 if unbiased else total\n", "total\n"),
+    Mutant("unbiased for biased", "eager", "total - 1 if unbiased else total\n", "total - 1\n"),
     Mutant(
         "running variance biased",
-        "functional",
-        "total > 1 else var",
-        "total > 1 else var * (total - 1) / total",
+        "eager",
+        "    tracked = var\n",
+        "    tracked = var * (total - 1) / total\n",
     ),
     Mutant(
         "running variance of the biased kind not corrected",
-        "functional",
-        "tracked = var * (total / (total - 1)) if",
-        "tracked = var if",
+        "eager",
+        "elif total > 1:",
+        "elif False:",
     ),
-    Mutant("running mean not tracked", "functional", "running_mean.lerp_", "running_mean.clone().lerp_"),
-    Mutant(
-        "momentum of the wrong side", "functional", "running_var.dtype), momentum)", "running_var.dtype), 1 - momentum)"
-    ),
-    Mutant("eps forgotten", "functional", "rstd = torch.rsqrt(var + eps)", "rstd = torch.rsqrt(var)"),
-    Mutant("eps outside the root", "functional", "rstd = torch.rsqrt(var + eps)", "rstd = 1 / (var.sqrt() + eps)"),
+    Mutant("running mean not tracked", "eager", "running_mean.lerp_", "running_mean.clone().lerp_"),
+    Mutant("momentum of the wrong side", "eager", "running_var.dtype), momentum)", "running_var.dtype), 1 - momentum)"),
+    Mutant("eps forgotten", "eager", "rstd = torch.rsqrt(var + eps)", "rstd = torch.rsqrt(var)"),
+    Mutant("eps outside the root", "eager", "rstd = torch.rsqrt(var + eps)", "rstd = 1 / (var.sqrt() + eps)"),
     Mutant(
         "eps forgotten in evaluation",
-        "functional",
+        "eager",
         "norm_weight * torch.rsqrt(running_var + eps)",
         "norm_weight * torch.rsqrt(running_var)",
     ),
-    Mutant("running mean forgotten in evaluation", "functional", "norm_bias - running_mean * scale", "norm_bias"),
+    Mutant("running mean forgotten in evaluation", "eager", "norm_bias - running_mean * scale", "norm_bias"),
     Mutant("loss ignores the counts", "functional", "nll * graph.target_counts.to(nll.dtype)", "nll"),
     Mutant("loss divided by the rows", "functional", "/ graph.totals[-1]", "/ nll.numel()"),
     Mutant(
         "clamp off by one",
         "graph",
-        "torch.maximum(index - offset, first)",
-        "torch.maximum(index - offset, (first - 1).clamp(min=0))",
+        "torch.maximum(row, first)",
+        "torch.maximum(row, (first - 1).clamp(min=0))",
     ),
     Mutant(
         "boundary of a packed name crossed",
         "graph",
-        "torch.maximum(index - offset, first)",
-        "(index - offset).clamp(min=0)",
+        "torch.maximum(row, first)",
+        "row.clamp(min=0)",
     ),
-    Mutant("dilation not multiplied", "graph", "dilation *= factor", "dilation += 1"),
-    Mutant("newest tap one late", "graph", "(factor - 1 - j) * dilation", "(factor - j) * dilation"),
+    Mutant("dilation not multiplied", "graph", "factor, math.prod(factors[:level])", "factor, level + 1"),
+    Mutant(
+        "newest tap one late",
+        "graph",
+        "range((kernel_size - 1) * dilation, -1, -dilation)",
+        "range(kernel_size * dilation, 0, -dilation)",
+    ),
     Mutant("counts not propagated", "graph", "below.index_add_(0, tap, weights[0])", "below.fill_(1)"),
     Mutant("counts propagated along one tap", "graph", "for tap in taps[level]:", "for tap in taps[level][:1]:"),
     Mutant("totals not multiplied", "graph", "totals.insert(0, totals[0] * factor)", "totals.insert(0, totals[0])"),
@@ -199,7 +198,7 @@ MUTANTS = [
 
 
 # No fault at all: the tests must pass with it, or what they say of the others means nothing.
-CONTROL = Mutant("no fault", "functional", "total - 1 if unbiased", "total - 1 if unbiased")
+CONTROL = Mutant("no fault", "eager", "total - 1 if unbiased", "total - 1 if unbiased")
 
 
 class _Plant(importlib.machinery.SourceFileLoader, MetaPathFinder):

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import convwave as cw
-from convwave import cli, functional, verification
+from convwave import cli, eager, verification
 from convwave.generation import GenerationCache
 from convwave.training import Config, train
 from convwave.verification import Check, verify, weights_sha256
@@ -103,11 +103,11 @@ def leak(t: int):
     return broken
 
 
-ORIGINAL = functional.gather_conv
+ORIGINAL = eager.gather_conv
 
 
 def test_a_look_into_the_future_is_seen(splits: cw.Splits, vocab: cw.Vocabulary, monkeypatch) -> None:
-    monkeypatch.setattr(functional, "gather_conv", leak(1))
+    monkeypatch.setattr(eager, "gather_conv", leak(1))
     names = failed(run(cw.ConvWave(len(vocab)), splits, vocab))
     assert {"causality, changed token, dense", "causality, planted NaN, dense"} <= names
 
@@ -146,14 +146,14 @@ def test_nan_in_any_tensor_fails(splits: cw.Splits, vocab: cw.Vocabulary, monkey
 
 
 def test_nan_before_the_changed_token_fails(splits: cw.Splits, vocab: cw.Vocabulary, monkeypatch) -> None:
-    original = functional.gather_conv
+    original = eager.gather_conv
     calls = iter(range(10**9))
 
     def sometimes(h, weight, taps, shift=None):
         z = original(h, weight, taps, shift)
         return z * float("nan") if z.shape[1] == 11 and next(calls) > 20 else z
 
-    monkeypatch.setattr(functional, "gather_conv", sometimes)
+    monkeypatch.setattr(eager, "gather_conv", sometimes)
     verifier = verification._Verifier(cw.ConvWave(len(vocab), n_hidden=11), splits, vocab, "", torch.device("cpu"), 0)
     assert any(not check.passed and "changed token" in check.name for check in verifier.causality())
 
@@ -197,7 +197,7 @@ def test_the_command(few: cw.Words, tmp_path: Path, capsys, monkeypatch) -> None
     assert {"data_sha256", "device", "provenance", "backends"} <= report.keys()
     assert json.loads(certificate.read_text()) == report
 
-    monkeypatch.setattr(functional, "gather_conv", leak(1))
+    monkeypatch.setattr(eager, "gather_conv", leak(1))
     assert cli.main(arguments) == 1
     captured = capsys.readouterr()
     assert json.loads(captured.out.splitlines()[-1])["passed"] is False

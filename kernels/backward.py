@@ -1,0 +1,492 @@
+"""One level backward: gradients of the rows below and of the matrices, and the sums that BatchNorm's gradient needs.
+
+With g the gradient in front of the level's tanh, zhat = (z - mean) rstd, w the weights of the rows:
+
+    dz[n] = gamma rstd (g[n] - w[n] (center + (z[n] - mean) spread))
+            center = sum g / n, spread = rstd sum g zhat / (n - 1)
+    G_j[r] = sum of dz[n] over all n that read row r as tap j
+    dx[r] = sum_j W_j^T G_j[r],   dW_j = sum_r G_j[r] act(x[r])^T
+
+Both gradients are sums over the rows *below*, and both come from G_j: so a program takes a tile of rows below, collects
+G_j for it, and has all it needs. In one pass it reads g, z and x and writes the gradient in front of the tanh below,
+4 C numbers a row, together with that level's sums for the next kernel down. Who reads row r is a range of entries per
+tap (`consumers`), so nothing is scattered and no atomic adds up floats: the result does not depend on scheduling.
+
+The matrices' gradients live in registers over all tiles of a program; where C or H is too wide for that (see
+`Launch.fused`), `conv_weight_kernel` computes them in a pass of its own, and a level costs 7 C. Rows that very many
+rows read (the empty context of a distinct graph) would be a long sum for one program: `block_sums_kernel` first adds up
+every 64 neighbouring entries.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from convwave.graph import Consumers
+
+from .configs import Launch, backward_launch, by_tap, interpreting, weight_launch
+from .primitives import (
+    CENTER,
+    MEAN,
+    RSTD,
+    SCALE,
+    SPREAD,
+    finish_sums,
+    is_last,
+    load_weights,
+    norm_tanh,
+)
+
+BLOCK = 64  # entries added up by `block_sums_kernel`
+
+
+@triton.jit
+def gradient_of_z(
+    g_ptr,  # (N, H)
+    z_ptr,  # (N, H)
+    counts_ptr,  # (N,)
+    stats_ptr,  # (5, H)
+    sums_ptr,  # (4, H)
+    o_n,  # [B] rows
+    m_n,
+    o_h,  # [BH] channels
+    m_h,
+    H,
+    COUNTS: tl.constexpr,
+):
+    """[B, BH] float32 dz / (gamma rstd)."""
+    b_mean = tl.load(stats_ptr + MEAN * H + o_h, mask=m_h, other=0)
+    b_center = tl.load(sums_ptr + CENTER * H + o_h, mask=m_h, other=0)
+    b_spread = tl.load(sums_ptr + SPREAD * H + o_h, mask=m_h, other=0)
+    m_z = m_n[:, None] & m_h[None, :]
+    o_z = o_n[:, None] * H + o_h[None, :]
+    b_g = tl.load(g_ptr + o_z, mask=m_z, other=0).to(tl.float32)
+    b_z = tl.load(z_ptr + o_z, mask=m_z, other=0).to(tl.float32)
+    b_w = load_weights(counts_ptr, o_n, m_n, COUNTS)
+    return b_g - b_w[:, None] * (b_center[None, :] + (b_z - b_mean[None, :]) * b_spread[None, :])
+
+
+@triton.jit
+def block_sums_kernel(
+    g_ptr,
+    z_ptr,
+    counts_ptr,
+    stats_ptr,
+    sums_ptr,
+    order_ptr,  # (K, N)
+    blocks_ptr,  # (K, ceil(N / BLOCK), H) float32
+    N,
+    H: tl.constexpr,
+    COUNTS: tl.constexpr,
+    ORDER: tl.constexpr,
+    BLOCK: tl.constexpr,
+    BH: tl.constexpr,
+):
+    """Sums of `gradient_of_z` over every BLOCK neighbouring entries of a tap."""
+    i_b, j, i_h = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    o_wide = tl.zeros([BLOCK], dtype=tl.int64)
+    o_e = (o_wide + i_b) * BLOCK + tl.arange(0, BLOCK)
+    m_e = o_e < N
+    if ORDER:
+        o_n = tl.load(order_ptr + (o_wide + j) * N + o_e, mask=m_e, other=0)
+    else:
+        o_n = o_e
+    o_h = i_h * BH + tl.arange(0, BH)
+    m_h = o_h < H
+    b_d = gradient_of_z(g_ptr, z_ptr, counts_ptr, stats_ptr, sums_ptr, o_n, m_e, o_h, m_h, H, COUNTS)
+    o_b = ((tl.zeros([BH], dtype=tl.int64) + j) * tl.num_programs(0) + i_b) * H + o_h
+    tl.store(blocks_ptr + o_b, tl.sum(b_d, 0), mask=m_h)
+
+
+@triton.jit
+def collect(
+    g_ptr,
+    z_ptr,
+    counts_ptr,
+    stats_ptr,
+    sums_ptr,
+    ranges_ptr,  # (2, K, M)
+    order_ptr,
+    blocks_ptr,
+    j,
+    o_r,  # [BR] rows below
+    m_r,
+    o_h,
+    m_h,
+    M,
+    N,
+    H,
+    K: tl.constexpr,
+    COUNTS: tl.constexpr,
+    ORDER: tl.constexpr,
+    BLOCKS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    BR: tl.constexpr,
+    BH: tl.constexpr,
+):
+    """[BR, BH] float32 G_j of a tile of rows below."""
+    o_wide = tl.zeros([BR], dtype=tl.int64)
+    b_begin = tl.load(ranges_ptr + (o_wide + j) * M + o_r, mask=m_r, other=0)
+    b_end = tl.load(ranges_ptr + (o_wide + (K + j)) * M + o_r, mask=m_r, other=0)
+    b_sum = tl.zeros([BR, BH], dtype=tl.float32)
+    if BLOCKS:  # entries before the first whole block, whole blocks, entries after the last
+        b_first = tl.minimum((b_begin + (BLOCK - 1)) // BLOCK * BLOCK, b_end)
+        b_last = tl.maximum(b_end // BLOCK * BLOCK, b_first)
+        b_blocks = (b_last - b_first) // BLOCK
+        num_blocks = tl.cdiv(N, BLOCK)
+        for i in range(0, tl.max(b_blocks, 0).to(tl.int32)):
+            m_b = (i < b_blocks)[:, None] & m_h[None, :]
+            o_b = ((o_wide + j) * num_blocks + b_first // BLOCK + i) * H
+            b_sum += tl.load(blocks_ptr + o_b[:, None] + o_h[None, :], mask=m_b, other=0)
+    else:
+        b_first = b_end
+        b_last = b_end
+    b_head = b_first - b_begin
+    b_entries = b_head + (b_end - b_last)
+    for i in range(0, tl.max(b_entries, 0).to(tl.int32)):
+        m_e = i < b_entries
+        # a tl.where would read better, but fails to compile: triton 3.7.1 loses the layout of its condition
+        o_e = b_begin + i + (i >= b_head).to(tl.int64) * (b_last - b_first)
+        if ORDER:
+            o_n = tl.load(order_ptr + (o_wide + j) * N + o_e, mask=m_e, other=0)
+        else:
+            o_n = o_e
+        b_sum += gradient_of_z(g_ptr, z_ptr, counts_ptr, stats_ptr, sums_ptr, o_n, m_e, o_h, m_h, H, COUNTS)
+    b_scale = tl.load(stats_ptr + SCALE * H + o_h, mask=m_h, other=0)
+    return b_sum * b_scale[None, :]
+
+
+@triton.jit
+def conv_backward_kernel(
+    g_ptr,  # (N, H) gradient in front of the level's tanh
+    z_ptr,  # (N, H)
+    counts_ptr,  # (N,)
+    stats_ptr,  # (5, H)
+    sums_ptr,  # (4, H)
+    w_ptr,  # (K, H, C)
+    x_ptr,  # (M, C) pre-activations or activations of the level below
+    below_ptr,  # (5, C)
+    below_beta_ptr,  # (C,)
+    ranges_ptr,  # (2, K, M) int64
+    order_ptr,  # (K, N) int64
+    blocks_ptr,  # (K, ceil(N / BLOCK), H)
+    dx_ptr,  # (M, C): gradient in front of the tanh below, or of x itself
+    below_sums_ptr,  # (4, C)
+    partial_ptr,  # (P, 2, C)
+    counter_ptr,  # (tiles of C,) int32 zeros
+    dw_ptr,  # (P, 2, H, C) float32
+    M,
+    N,
+    stride_x: tl.constexpr,
+    C: tl.constexpr,
+    H: tl.constexpr,
+    K: tl.constexpr,
+    PROLOGUE: tl.constexpr,
+    COUNTS: tl.constexpr,
+    ORDER: tl.constexpr,
+    BLOCKS: tl.constexpr,
+    FUSED: tl.constexpr,  # K = 2, BH >= H and BC >= C: the matrices' gradients too
+    TRAINING: tl.constexpr,
+    UNBIASED: tl.constexpr,
+    PRECISION: tl.constexpr,
+    WIDEN: tl.constexpr,
+    BLOCK: tl.constexpr,
+    BR: tl.constexpr,
+    BH: tl.constexpr,
+    BC: tl.constexpr,
+    BP: tl.constexpr,
+):
+    i_p, i_c = tl.program_id(0), tl.program_id(1)
+    programs = tl.num_programs(0)
+    store: tl.constexpr = x_ptr.dtype.element_ty
+    dtype: tl.constexpr = tl.float32 if WIDEN else store
+    o_c = i_c * BC + tl.arange(0, BC)
+    m_c = o_c < C
+    o_wide = tl.zeros([BR], dtype=tl.int64)
+    b_dbeta = tl.zeros([BC], dtype=tl.float32)
+    b_dgamma = tl.zeros([BC], dtype=tl.float32)
+    if FUSED:
+        b_dw0 = tl.zeros([BH, BC], dtype=tl.float32)
+        b_dw1 = tl.zeros([BH, BC], dtype=tl.float32)
+    for i_r in range(i_p, tl.cdiv(M, BR), programs):
+        o_r = (o_wide + i_r) * BR + tl.arange(0, BR)
+        m_r = o_r < M
+        m_x = m_r[:, None] & m_c[None, :]
+        b_dx = tl.zeros([BR, BC], dtype=tl.float32)
+        if FUSED:
+            b_x = tl.load(x_ptr + o_r[:, None] * stride_x + o_c[None, :], mask=m_x, other=0).to(tl.float32)
+            if PROLOGUE:
+                b_h = norm_tanh(b_x, below_ptr, below_beta_ptr, o_c, m_c, C)
+            else:
+                b_h = b_x
+        for j in tl.static_range(K):
+            for i_h in range(0, H, BH):
+                o_h = i_h + tl.arange(0, BH)
+                m_h = o_h < H
+                b_g = collect(
+                    g_ptr, z_ptr, counts_ptr, stats_ptr, sums_ptr, ranges_ptr, order_ptr, blocks_ptr, j, o_r, m_r,
+                    o_h, m_h, M, N, H, K, COUNTS, ORDER, BLOCKS, BLOCK, BR, BH,
+                )  # [BR, BH]  # fmt: skip
+                b_g = b_g.to(store).to(dtype)
+                p_w = w_ptr + j * (H * C) + o_h[:, None] * C + o_c[None, :]
+                b_w = tl.load(p_w, mask=m_h[:, None] & m_c[None, :], other=0).to(store).to(dtype)  # [BH, BC]
+                b_dx = tl.dot(b_g, b_w, b_dx, input_precision=PRECISION)
+                if FUSED:
+                    if j == 0:
+                        b_dw0 = tl.dot(tl.trans(b_g), b_h.to(store).to(dtype), b_dw0, input_precision=PRECISION)
+                    else:
+                        b_dw1 = tl.dot(tl.trans(b_g), b_h.to(store).to(dtype), b_dw1, input_precision=PRECISION)
+        if PROLOGUE:
+            b_x = tl.load(x_ptr + o_r[:, None] * stride_x + o_c[None, :], mask=m_x, other=0).to(tl.float32)
+            b_h = norm_tanh(b_x, below_ptr, below_beta_ptr, o_c, m_c, C)
+            b_dx = b_dx * (1 - b_h * b_h)
+            b_mean = tl.load(below_ptr + MEAN * C + o_c, mask=m_c, other=0)
+            b_rstd = tl.load(below_ptr + RSTD * C + o_c, mask=m_c, other=0)
+            b_v = b_dx.to(dx_ptr.dtype.element_ty).to(tl.float32)
+            b_dbeta += tl.sum(b_v, 0)
+            b_dgamma += tl.sum(b_v * ((b_x - b_mean[None, :]) * b_rstd[None, :]), 0)
+        tl.store(dx_ptr + o_r[:, None] * C + o_c[None, :], b_dx.to(dx_ptr.dtype.element_ty), mask=m_x)
+    if FUSED:
+        o_h = tl.arange(0, BH)
+        m_w = (o_h < H)[:, None] & m_c[None, :]
+        p_w = dw_ptr + i_p * (2 * H * C) + o_h[:, None] * C + o_c[None, :]
+        tl.store(p_w, b_dw0, mask=m_w)
+        tl.store(p_w + H * C, b_dw1, mask=m_w)
+    if PROLOGUE:
+        p_p = partial_ptr + i_p * (2 * C) + o_c
+        tl.store(p_p, b_dbeta, mask=m_c)
+        tl.store(p_p + C, b_dgamma, mask=m_c)
+        if is_last(counter_ptr + i_c, programs):
+            finish_sums(
+                partial_ptr, below_sums_ptr, below_ptr, o_c, m_c, C, programs, TRAINING, UNBIASED, BC, BP
+            )  # fmt: skip
+
+
+@triton.jit
+def conv_weight_kernel(
+    g_ptr,
+    z_ptr,
+    counts_ptr,
+    stats_ptr,
+    sums_ptr,
+    x_ptr,  # (M, C)
+    below_ptr,
+    below_beta_ptr,
+    taps_ptr,  # (K, N)
+    dw_ptr,  # (P, K, H, C) float32
+    N,
+    stride_x: tl.constexpr,
+    C: tl.constexpr,
+    H: tl.constexpr,
+    PROLOGUE: tl.constexpr,
+    COUNTS: tl.constexpr,
+    PRECISION: tl.constexpr,
+    WIDEN: tl.constexpr,
+    BT: tl.constexpr,
+    BH: tl.constexpr,
+    BC: tl.constexpr,
+):
+    """dW_j[h, c] = sum_n dz[n, h] act(x[taps[j, n], c]), one partial sum for each program."""
+    i_p, j, i_w = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    tiles_c: tl.constexpr = (C + BC - 1) // BC
+    o_h = i_w // tiles_c * BH + tl.arange(0, BH)
+    o_c = i_w % tiles_c * BC + tl.arange(0, BC)
+    m_h, m_c = o_h < H, o_c < C
+    store: tl.constexpr = x_ptr.dtype.element_ty
+    dtype: tl.constexpr = tl.float32 if WIDEN else store
+    o_wide = tl.zeros([BT], dtype=tl.int64)
+    b_scale = tl.load(stats_ptr + SCALE * H + o_h, mask=m_h, other=0)
+    b_dw = tl.zeros([BH, BC], dtype=tl.float32)
+    for i_t in range(i_p, tl.cdiv(N, BT), tl.num_programs(0)):
+        o_t = (o_wide + i_t) * BT + tl.arange(0, BT)
+        m_t = o_t < N
+        o_x = tl.load(taps_ptr + (o_wide + j) * N + o_t, mask=m_t, other=-1)
+        m_x = (o_x >= 0)[:, None] & m_c[None, :]
+        b_x = tl.load(x_ptr + o_x[:, None] * stride_x + o_c[None, :], mask=m_x, other=0)  # [BT, BC]
+        if PROLOGUE:
+            b_x = norm_tanh(b_x.to(tl.float32), below_ptr, below_beta_ptr, o_c, m_c, C)
+        b_d = gradient_of_z(g_ptr, z_ptr, counts_ptr, stats_ptr, sums_ptr, o_t, m_t, o_h, m_h, H, COUNTS)
+        b_d = (b_d * b_scale[None, :]).to(store).to(dtype)  # [BT, BH]
+        b_dw = tl.dot(tl.trans(b_d), b_x.to(store).to(dtype), b_dw, input_precision=PRECISION)
+    p_w = dw_ptr + (i_p * tl.num_programs(1) + j) * (H * C) + o_h[:, None] * C + o_c[None, :]
+    tl.store(p_w, b_dw, mask=m_h[:, None] & m_c[None, :])
+
+
+class BackwardResult(NamedTuple):
+    """Gradients of one level.
+
+    Attributes:
+        dx: (M, C) in front of the tanh below, or of x itself; None where it was not asked for.
+        sums: (4, C) of the level below; None without one.
+        dweight: (H, C, K) float32.
+    """
+
+    dx: Tensor | None
+    sums: Tensor | None
+    dweight: Tensor
+
+
+def conv_backward(
+    g: Tensor,
+    z: Tensor,
+    stats: Tensor,
+    sums: Tensor,
+    weight: Tensor,
+    x: Tensor,
+    taps: Tensor,
+    consumers: Consumers,
+    *,
+    below: tuple[Tensor, Tensor] | None = None,
+    counts: Tensor | None = None,
+    training: bool = True,
+    unbiased: bool = True,
+    precision: str = "ieee",
+    needs_dx: bool = True,
+    launch: Launch | None = None,
+) -> BackwardResult:
+    """Launch the kernels of one level's backward pass.
+
+    Args:
+        g: (N, H) gradient in front of the level's tanh, contiguous.
+        z: (N, H) its pre-activations, contiguous.
+        stats, sums: (5, H) of `conv_forward` and (4, H) of the kernel above.
+        weight, x, taps, below, counts, precision: as for `conv_forward`.
+        consumers: who reads each row of x.
+        training, unbiased: of the level below: whether its statistics depend on its rows, and how.
+        needs_dx: False where x is the bottom and nobody asks for its gradient.
+    """
+    x = x if x.stride(-1) == 1 else x.contiguous()
+    taps = taps.contiguous()
+    counts = counts.contiguous() if counts is not None else None
+    ranges, order = consumers.ranges.contiguous(), consumers.order.contiguous()
+    H, C, K = weight.shape
+    M, N = x.shape[0], z.shape[0]
+    device = x.device
+    launch = launch or backward_launch(C, H, K, x.dtype, precision)
+    below_stats, below_beta = below if below is not None else (stats, stats)
+    fused = launch.fused and needs_dx
+    dw = None if fused else _weight(g, z, stats, sums, weight, x, taps, below, counts, precision)
+    if not needs_dx:
+        assert dw is not None
+        return BackwardResult(None, None, dw)
+    blocks = x.new_empty(1, dtype=torch.float32)
+    long = not 0 < consumers.most <= BLOCK
+    if long:
+        blocks = x.new_empty(K, triton.cdiv(N, BLOCK), H, dtype=torch.float32)
+        columns = min(triton.next_power_of_2(H), 64)
+        block_sums_kernel[(blocks.shape[1], K, triton.cdiv(H, columns))](
+            g,
+            z,
+            counts if counts is not None else x,
+            stats,
+            sums,
+            order,
+            blocks,
+            N,
+            H=H,
+            COUNTS=counts is not None,
+            ORDER=order.numel() > 0,
+            BLOCK=BLOCK,
+            BH=columns,
+        )
+    tiles = triton.cdiv(C, launch.columns)
+    programs = launch.programs(triton.cdiv(M, launch.rows), tiles, device)
+    dx = torch.empty(M, C, dtype=x.dtype, device=device)
+    below_sums = x.new_empty(4, C, dtype=torch.float32)
+    partial_dw = x.new_empty((programs, K, H, C) if fused else (1,), dtype=torch.float32)
+    conv_backward_kernel[(programs, tiles)](
+        g,
+        z,
+        counts if counts is not None else x,
+        stats,
+        sums,
+        by_tap(weight, x.dtype),
+        x,
+        below_stats,
+        below_beta,
+        ranges,
+        order,
+        blocks,
+        dx,
+        below_sums,
+        x.new_empty(programs, 2, C, dtype=torch.float32),
+        torch.zeros(tiles, dtype=torch.int32, device=device),
+        partial_dw,
+        M,
+        N,
+        x.stride(0),
+        C=C,
+        H=H,
+        K=K,
+        PROLOGUE=below is not None,
+        COUNTS=counts is not None,
+        ORDER=order.numel() > 0,
+        BLOCKS=long,
+        FUSED=fused,
+        TRAINING=training,
+        UNBIASED=unbiased,
+        PRECISION=precision,
+        WIDEN=interpreting(),
+        BLOCK=BLOCK,
+        BR=launch.rows,
+        BH=launch.depth,
+        BC=launch.columns,
+        BP=16,
+        num_warps=launch.warps,
+        num_stages=launch.stages,
+    )
+    if dw is None:
+        dw = partial_dw.sum(0).permute(1, 2, 0)
+    return BackwardResult(dx, below_sums if below is not None else None, dw)
+
+
+def _weight(
+    g: Tensor,
+    z: Tensor,
+    stats: Tensor,
+    sums: Tensor,
+    weight: Tensor,
+    x: Tensor,
+    taps: Tensor,
+    below: tuple[Tensor, Tensor] | None,
+    counts: Tensor | None,
+    precision: str,
+) -> Tensor:
+    """Launch `conv_weight_kernel`: (H, C, K) float32."""
+    H, C, K = weight.shape
+    N = z.shape[0]
+    launch = weight_launch(C, H, x.dtype, precision)
+    tiles = triton.cdiv(H, launch.depth) * triton.cdiv(C, launch.columns)
+    programs = launch.programs(triton.cdiv(N, launch.rows), K * tiles, x.device)
+    dw = x.new_empty(programs, K, H, C, dtype=torch.float32)
+    conv_weight_kernel[(programs, K, tiles)](
+        g,
+        z,
+        counts if counts is not None else x,
+        stats,
+        sums,
+        x,
+        below[0] if below is not None else stats,
+        below[1] if below is not None else stats,
+        taps,
+        dw,
+        N,
+        x.stride(0),
+        C=C,
+        H=H,
+        PROLOGUE=below is not None,
+        COUNTS=counts is not None,
+        PRECISION=precision,
+        WIDEN=interpreting(),
+        BT=launch.rows,
+        BH=launch.depth,
+        BC=launch.columns,
+        num_warps=launch.warps,
+        num_stages=launch.stages,
+    )
+    return dw.sum(0).permute(1, 2, 0)

@@ -1,0 +1,150 @@
+"""What the kernels share: tanh, BatchNorm on load, merging of statistics and of sums."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+# rows of the statistics of a level, (5, H) float32
+MEAN = tl.constexpr(0)
+RSTD = tl.constexpr(1)
+SCALE = tl.constexpr(2)  # rstd * gamma
+VAR = tl.constexpr(3)
+TOTAL = tl.constexpr(4)  # sum of the weights, the same in every channel
+
+# rows of the sums of a level, (4, H) float32
+DBETA = tl.constexpr(0)  # sum g
+DGAMMA = tl.constexpr(1)  # sum g zhat
+CENTER = tl.constexpr(2)  # dbeta / n, 0 in evaluation mode
+SPREAD = tl.constexpr(3)  # dgamma rstd / (n - 1 or n), 0 in evaluation mode
+
+
+@triton.jit
+def tanh(x):
+    """float32 tanh within 3 units in the last place: libdevice's is out of the interpreter's reach."""
+    a = tl.abs(x)
+    s = a * a
+    near = a + a * s * (-0.33332947 + s * (0.13320725 + s * (-0.05267182 + s * 0.01643758)))
+    far = 1 - 2 / (tl.exp(2 * a) + 1)
+    y = tl.where(a < 0.55, near, far)
+    return tl.where(x < 0, -y, y)
+
+
+@triton.jit
+def norm_tanh(b_x, stats_ptr, beta_ptr, o_c, m_c, C):
+    """[B, BC] pre-activations -> activations."""
+    b_mean = tl.load(stats_ptr + MEAN * C + o_c, mask=m_c, other=0)
+    b_scale = tl.load(stats_ptr + SCALE * C + o_c, mask=m_c, other=0)
+    b_beta = tl.load(beta_ptr + o_c, mask=m_c, other=0).to(tl.float32)
+    return tanh((b_x - b_mean[None, :]) * b_scale[None, :] + b_beta[None, :])
+
+
+@triton.jit
+def load_weights(counts_ptr, o_n, m_n, COUNTS: tl.constexpr):
+    """[B] float32: how many windows contain each row; 0 for rows that are not there."""
+    if COUNTS:
+        b_w = tl.load(counts_ptr + o_n, mask=m_n, other=0).to(tl.float32)
+    else:
+        b_w = tl.where(m_n, 1.0, 0.0)
+    return b_w
+
+
+@triton.jit
+def merge_statistics(n, b_mean, b_m2, n_new, b_mean_new, b_m2_new):
+    """Chan's update: count, means and sums of squared deviations of two sets of rows -> of both."""
+    total = n + n_new
+    share = n_new / tl.maximum(total, 1e-30)
+    b_delta = b_mean_new - b_mean
+    return total, b_mean + b_delta * share, b_m2 + b_m2_new + b_delta * b_delta * (n * share)
+
+
+@triton.jit
+def is_last(counter_ptr, programs):
+    """True in the one program of `programs` that comes here last; what the others stored before is then visible."""
+    tl.debug_barrier()
+    return tl.atomic_add(counter_ptr, 1, sem="acq_rel") == programs - 1
+
+
+@triton.jit
+def finish_statistics(
+    partial_ptr,  # (P, 3, H): count, mean, sum of squared deviations
+    stats_ptr,  # (5, H)
+    gamma_ptr,  # (H,)
+    o_h,
+    m_h,
+    H,
+    P,
+    eps,
+    UNBIASED: tl.constexpr,
+    BH: tl.constexpr,
+    BP: tl.constexpr,
+):
+    """Merge the partial statistics of P programs, always in the same order."""
+    n = tl.zeros([BH], dtype=tl.float32)
+    b_sum = tl.zeros([BH], dtype=tl.float32)
+    for i_p in range(0, P, BP):
+        o_p = i_p + tl.arange(0, BP)
+        p_p = partial_ptr + o_p[:, None] * (3 * H) + o_h[None, :]
+        m_p = (o_p < P)[:, None] & m_h[None, :]
+        b_n = tl.load(p_p, mask=m_p, other=0, cache_modifier=".cg")  # [BP, BH]
+        n += tl.sum(b_n, 0)
+        b_sum += tl.sum(b_n * tl.load(p_p + H, mask=m_p, other=0, cache_modifier=".cg"), 0)
+    b_mean = b_sum / tl.maximum(n, 1e-30)
+    b_m2 = tl.zeros([BH], dtype=tl.float32)
+    for i_p in range(0, P, BP):
+        o_p = i_p + tl.arange(0, BP)
+        p_p = partial_ptr + o_p[:, None] * (3 * H) + o_h[None, :]
+        m_p = (o_p < P)[:, None] & m_h[None, :]
+        b_n = tl.load(p_p, mask=m_p, other=0, cache_modifier=".cg")
+        b_delta = tl.load(p_p + H, mask=m_p, other=0, cache_modifier=".cg") - b_mean[None, :]
+        b_m2 += tl.sum(tl.load(p_p + 2 * H, mask=m_p, other=0, cache_modifier=".cg") + b_n * b_delta * b_delta, 0)
+    if UNBIASED:
+        b_var = b_m2 / (n - 1)
+    else:
+        b_var = b_m2 / n
+    b_rstd = 1 / tl.sqrt_rn(b_var + eps)
+    b_gamma = tl.load(gamma_ptr + o_h, mask=m_h, other=0).to(tl.float32)
+    tl.store(stats_ptr + MEAN * H + o_h, b_mean, mask=m_h)
+    tl.store(stats_ptr + RSTD * H + o_h, b_rstd, mask=m_h)
+    tl.store(stats_ptr + SCALE * H + o_h, b_rstd * b_gamma, mask=m_h)
+    tl.store(stats_ptr + VAR * H + o_h, b_var, mask=m_h)
+    tl.store(stats_ptr + TOTAL * H + o_h, n, mask=m_h)
+
+
+@triton.jit
+def finish_sums(
+    partial_ptr,  # (P, 2, C): sum g, sum g zhat
+    sums_ptr,  # (4, C)
+    stats_ptr,  # (5, C)
+    o_c,
+    m_c,
+    C,
+    P,
+    TRAINING: tl.constexpr,
+    UNBIASED: tl.constexpr,
+    BC: tl.constexpr,
+    BP: tl.constexpr,
+):
+    """Add the partial sums of P programs, always in the same order."""
+    b_dbeta = tl.zeros([BC], dtype=tl.float32)
+    b_dgamma = tl.zeros([BC], dtype=tl.float32)
+    for i_p in range(0, P, BP):
+        o_p = i_p + tl.arange(0, BP)
+        p_p = partial_ptr + o_p[:, None] * (2 * C) + o_c[None, :]
+        m_p = (o_p < P)[:, None] & m_c[None, :]
+        b_dbeta += tl.sum(tl.load(p_p, mask=m_p, other=0, cache_modifier=".cg"), 0)
+        b_dgamma += tl.sum(tl.load(p_p + C, mask=m_p, other=0, cache_modifier=".cg"), 0)
+    tl.store(sums_ptr + DBETA * C + o_c, b_dbeta, mask=m_c)
+    tl.store(sums_ptr + DGAMMA * C + o_c, b_dgamma, mask=m_c)
+    if TRAINING:
+        n = tl.load(stats_ptr + TOTAL * C + o_c, mask=m_c, other=2)
+        b_rstd = tl.load(stats_ptr + RSTD * C + o_c, mask=m_c, other=0)
+        if UNBIASED:
+            divisor = n - 1
+        else:
+            divisor = n
+        tl.store(sums_ptr + CENTER * C + o_c, b_dbeta / n, mask=m_c)
+        tl.store(sums_ptr + SPREAD * C + o_c, b_dgamma * b_rstd / divisor, mask=m_c)
+    else:
+        tl.store(sums_ptr + CENTER * C + o_c, tl.zeros([BC], dtype=tl.float32), mask=m_c)
+        tl.store(sums_ptr + SPREAD * C + o_c, tl.zeros([BC], dtype=tl.float32), mask=m_c)
