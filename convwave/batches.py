@@ -1,9 +1,9 @@
 """Batches of contexts: a training text seen through few rows, with little noise.
 
 A text repeats its contexts: of the 50,457 distinct 8-grams in the training split of names.txt, 270 hold 44 % of its
-182,625 windows, 69 % occur once. A batch of whole names computes the frequent ones in every step and yet counts only the
-few windows that it happens to hold. `ContextSampler` draws contexts instead of names: one that is drawn comes with all
-its windows and targets, weighted so that sums over a batch are, on average, sums over the text.
+182,625 windows, 69 % occur once. A batch of whole names computes the frequent ones in every step and yet counts only
+the few windows that it happens to hold. `ContextSampler` draws contexts instead of names: one that is drawn comes with
+all its windows and targets, weighted so that sums over a batch are, on average, sums over the text.
 """
 
 from __future__ import annotations

@@ -24,13 +24,13 @@ from torch import Tensor
 
 from convwave.batches import ContextSampler
 from convwave.data import Packed
+from convwave.eager import variance_divisor
 from convwave.graph import Graph
 from convwave.nn import ConvWave
 from convwave.optim import orthogonalize
 
 _LANES = 16  # float32 in a vector register; a product with 32 columns takes 0.6 of the time of one with 27
 NEVER = -1e4  # the logit of a column that is no token: its probability is 0, and 0 times its logarithm is too
-
 
 Ranges = tuple[tuple[int, int], ...]  # of each tap
 
@@ -77,9 +77,9 @@ def _target_counts(graph: Graph, vocab_size: int, dtype: torch.dtype) -> Tensor:
 class Parts:
     """Cuts parts out of the distinct graph of a whole text.
 
-    `torch.unique` would find the rows that a part needs by sorting; marking them takes a third of the time. Rows are put
-    in an order in which each tap reads one range of them: the oldest tap needs few (410 of the 1,804 4-grams of a batch,
-    4,861 of the 22,135 of names.txt), because it mostly reads beginnings of names.
+    `torch.unique` would find the rows that a part needs by sorting; marking them takes a third of the time. Rows are
+    put in an order in which each tap reads one range of them: the oldest tap needs few (410 of the 1,804 4-grams of a
+    batch, 4,861 of the 22,135 of names.txt), because it mostly reads beginnings of names.
 
     Args:
         graph: a distinct graph.
@@ -280,7 +280,11 @@ class ClosedForm:
 
     @torch.no_grad()
     def gradients(self, batch: Batch) -> Tensor:
-        """Loss of a batch, () of the parameters' dtype; leaves its gradients in the gradient attributes."""
+        """Loss of a batch, () of the parameters' dtype; leaves its gradients in the gradient attributes.
+
+        Raises:
+            ValueError: too few windows for a variance.
+        """
         buffer, v, g = self._buffer, self.vectors, self.vector_gradients
         x = v["embedding.weight"]  # then s of the level below
         inputs, deviations, weighted, rstds, scales = [], [], [], [], []
@@ -289,16 +293,15 @@ class ClosedForm:
             N, H = taps.shape[1], self.matrices[level].shape[2]
             z, scratch = buffer(f"z{level}", N, H), buffer("scratch", N, H)
             matrices = 2 * self.matrices[level] if level else self.matrices[level]
-            for tap, (begin, end), matrix in zip(taps, batch.ranges[level], matrices, strict=True):
-                products = torch.mm(x[begin:end], matrix, out=buffer("products", end - begin, H))
-                if matrix.data_ptr() == matrices.data_ptr():
-                    torch.index_select(products, 0, tap, out=z)
-                else:
-                    z.add_(torch.index_select(products, 0, tap, out=scratch))
+            for j, (begin, end) in enumerate(batch.ranges[level]):
+                products = torch.mm(x[begin:end], matrices[j], out=buffer("products", end - begin, H))
+                gathered = torch.index_select(products, 0, taps[j], out=scratch if j else z)
+                if j:
+                    z.add_(gathered)
             mean = torch.mul(z, w[:, None], out=scratch).sum(0).div_(n)
             z.sub_(mean)
             wz = torch.mul(z, w[:, None], out=buffer(f"wz{level}", N, H))
-            var = torch.mul(wz, z, out=scratch).sum(0).div_(n - 1 if self._unbiased[level] else n)
+            var = torch.mul(wz, z, out=scratch).sum(0).div_(variance_divisor(n, self._unbiased[level]))
             rstd = var.add_(self._eps[level]).rsqrt_()
             scale = v[f"blocks.{level}.norm.weight"] * rstd
             inputs.append(x)
@@ -319,7 +322,7 @@ class ClosedForm:
             dbeta = torch.sum(gy, 0, out=g[f"blocks.{level}.norm.bias"])
             dgamma = torch.mul(gy, z, out=z).sum(0).mul_(rstd)
             g[f"blocks.{level}.norm.weight"].copy_(dgamma)
-            correction = dgamma.mul_(rstd).div_(1 - n if self._unbiased[level] else -n)
+            correction = dgamma.mul_(rstd).div_(-variance_divisor(n, self._unbiased[level]))
             gy.addcmul_(wz, correction).addr_(w, dbeta, alpha=-1 / n)  # dz = scale * gy
             dx = g["embedding.weight"] if level == 0 else buffer(f"dh{level % 2}", *below.shape)
             dx.zero_()

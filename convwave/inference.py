@@ -1,8 +1,8 @@
 """Log-probabilities of all rows of a graph at once, in evaluation mode, on a CPU.
 
-`ConvWave` in evaluation mode with the arithmetic of `closed_form`: BatchNorm folded into the weights, both taps multiplied
-once for every row below and gathered after, a logistic for the tanh, logits in whole vectors. The top level goes through
-the cache in blocks and leaves nothing but its log-probabilities.
+`ConvWave` in evaluation mode with the arithmetic of `closed_form`: BatchNorm folded into the weights, both taps
+multiplied once for every row below and gathered after, a logistic for the tanh, logits in whole vectors. The top level
+goes through the cache in blocks and leaves nothing but its log-probabilities.
 """
 
 from __future__ import annotations
