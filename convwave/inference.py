@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from convwave.closed_form import NEVER, Buffers, Parts, padded
+from convwave.closed_form import Buffers, Parts, fold_head, padded
 from convwave.graph import Graph
 from convwave.nn import ConvBatchNormTanh, ConvWave
 
@@ -45,10 +45,8 @@ class Inference:
         x = model.embedding.weight
         buffer = self._buffers.setdefault(x.dtype, Buffers(x))
         columns = padded(model.vocab_size)
-        head_weight = x.new_zeros(columns, model.widths[-1])
-        head_bias = x.new_full((columns,), NEVER)
-        torch.mul(model.head.weight, 2, out=head_weight[: model.vocab_size])
-        torch.sub(model.head.bias, model.head.weight.sum(1), out=head_bias[: model.vocab_size])
+        head_weight, head_bias = x.new_empty(columns, model.widths[-1]), x.new_empty(columns)
+        fold_head(model.head.weight, model.head.bias, head_weight, head_bias)
         result = buffer("result", self.graph.num_rows, columns)
         for level, block in enumerate(model.layers):
             taps, H = self._whole.taps[level], model.widths[level]

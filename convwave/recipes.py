@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 
@@ -107,7 +107,9 @@ SPRINT = Recipe(
     warmup=0.05,
 )
 
-RECIPES = {recipe.name: recipe for recipe in (BLOG, FAST, RECORD, SPRINT)}
+SPRINT_WIDE = replace(SPRINT, name="sprint_wide", n_embd=24, n_hidden=128)
+
+RECIPES = {recipe.name: recipe for recipe in (BLOG, FAST, RECORD, SPRINT, SPRINT_WIDE)}
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -352,7 +352,7 @@ class ClosedFormRun(ConvolutionRun):
     def _optimizers(self) -> list[torch.optim.Optimizer]:
         return []
 
-    def _reader(self) -> Callable[[int], Batch]:
+    def reader(self) -> Callable[[int], Batch]:
         """What makes the batch of a step."""
         vocab_size, graph = self.net.vocab_size, self._all()
         if self.recipe.batch_of == "contexts":
@@ -367,7 +367,7 @@ class ClosedFormRun(ConvolutionRun):
 
     def step(self, i: int) -> float:
         if self._read is None:
-            self._read = self._reader()
+            self._read = self.reader()
         batch = self._read(i)
         self.positions = batch.weights[-1].numel() if self.recipe.batch_of == "contexts" else round(batch.totals[-1])
         loss = self.form.gradients(batch)
@@ -450,6 +450,26 @@ def begin(config: Config, train: Packed, vocabulary: Vocabulary) -> Run:
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The loop
+
+
+def fit(config: Config, train: Packed, vocabulary: Vocabulary) -> ConvWave:
+    """The network that `train` ends with, and nothing else: no files, no evaluation, nobody told.
+
+    Args:
+        config: what and how.
+        train: the words to train on.
+        vocabulary: theirs.
+
+    Raises:
+        Diverged: a loss that is not finite.
+    """
+    run = begin(config, train, vocabulary)
+    with few_threads(config, run.model().num_parameters, train):
+        for i in range(config.steps):
+            loss = run.step(i)
+            if not math.isfinite(loss):
+                raise Diverged(f"the loss is {loss} at step {i + 1}")
+        return run.finish()
 
 
 class Reporter:
@@ -552,7 +572,7 @@ def _train(
     started = last_save = time.perf_counter()
     try:
         reporter.start(config, parameters, len(losses))
-        with _interruptible() as interrupted, threads(1) if _is_small(config, parameters, packed) else nullcontext():
+        with _interruptible() as interrupted, few_threads(config, parameters, packed):
             if not losses:
                 save()  # so that even a run killed in its first second leaves something to resume
             for i in range(len(losses), config.steps):
@@ -658,15 +678,15 @@ def locked(out: Path) -> Iterator[None]:
         yield
 
 
-def _is_small(config: Config, parameters: int, train: Packed) -> bool:
-    """Whether a step is so little work that several threads gain nothing, and lose much where a core is busy.
+def few_threads(config: Config, parameters: int, train: Packed) -> AbstractContextManager[None]:
+    """One thread where a step is so little work that several gain nothing, and lose much where a core is busy.
 
     22,397 parameters and 512 names, 80 million multiply-adds forward: 9.5 ms a step on one thread, 8.4 on two idle
     cores, 50 with another process on the second.
     """
     of_names = RECIPES[config.recipe].batch_of == "names"
     positions = config.batch * (len(train) / train.num_words if of_names else 1)
-    return parameters * positions < 2e8
+    return threads(1) if parameters * positions < 2e8 else nullcontext()
 
 
 @contextmanager
