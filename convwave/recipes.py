@@ -25,7 +25,6 @@ class Recipe:
         orthogonal_steps: Newton-Schulz steps of Muon.
         token_noise: share of the letters read that are replaced by random ones of the training text (what is to be
             predicted stays): smoothing for networks large enough to learn the names by heart.
-        embedding_scale: what the initial embedding is multiplied by.
         n_embd, n_hidden, levels: the network that the recipe was made for.
     """
 
@@ -44,7 +43,6 @@ class Recipe:
     orthogonal_steps: int = 5
     warmup: float = 0.0
     token_noise: float = 0.0
-    embedding_scale: float = 1.0
     n_embd: int = 10
     n_hidden: int = 68
     levels: int = 3
@@ -97,7 +95,7 @@ SPRINT = Recipe(
     "muon",
     "contexts",
     steps=200,
-    batch=1100,
+    batch=1300,
     growth=1.7,
     context_power=0.7,
     lr=0.25,
@@ -107,7 +105,6 @@ SPRINT = Recipe(
     momentum=0.9,
     orthogonal_steps=3,
     warmup=0.05,
-    embedding_scale=0.3,
 )
 
 SPRINT_WIDE = replace(SPRINT, name="sprint_wide", steps=120, adam_lr=0.03, weight_decay=0.15, n_embd=24, n_hidden=128)

@@ -217,7 +217,6 @@ class ConvolutionRun:
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(config.seed)
                 self.net = ConvWave(len(vocabulary), config.n_embd, config.n_hidden, config.levels)
-            self.net.embedding.weight.data.mul_(self.recipe.embedding_scale)
         self.net.vocabulary = vocabulary
         self.net.to(config.device).train()
         self.optimizers = self._optimizers()
