@@ -107,7 +107,7 @@ SPRINT = Recipe(
     warmup=0.05,
 )
 
-SPRINT_WIDE = replace(SPRINT, name="sprint_wide", steps=120, adam_lr=0.03, weight_decay=0.15, n_embd=24, n_hidden=128)
+SPRINT_WIDE = replace(SPRINT, name="sprint_wide", steps=100, adam_lr=0.03, weight_decay=0.15, n_embd=24, n_hidden=128)
 
 RECIPES = {recipe.name: recipe for recipe in (BLOG, FAST, RECORD, SPRINT, SPRINT_WIDE)}
 

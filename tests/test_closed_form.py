@@ -72,6 +72,15 @@ def test_gradients_for_other_depths_and_factors(factors: tuple[int, ...], packed
         assert_gradients_equal(model, graph, graph_batch(graph, len(vocab), torch.float64))
 
 
+def test_a_width_of_its_own_for_every_level(packed: cw.Packed, vocab) -> None:
+    model = cw.ConvWave(len(vocab), 7, [20, 68, 27]).double().train()
+    graph = cw.distinct_graph(packed)
+    assert_gradients_equal(model, graph, graph_batch(graph, len(vocab), torch.float64))
+    model.eval()
+    with torch.no_grad():
+        assert relative_error(Inference(graph)(model)[:, : len(vocab)], model(graph).log_softmax(1)) < RELATIVE
+
+
 @pytest.mark.parametrize("ids", [[[1]], [[]] * 2, [[1, 1, 1]], [[2, 1], []], [list(range(1, 27))]])
 @pytest.mark.parametrize("unbiased", [True, False])
 def test_gradients_of_next_to_nothing(ids: list[list[int]], unbiased: bool) -> None:
