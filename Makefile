@@ -29,6 +29,9 @@ lint: $(READY)
 # Every figure of the README, into benchmarks/results/ and the README (half an hour; needs the post's names.txt).
 figures: $(READY)
 	$(BIN)/python -m benchmarks.figures all
+	$(BIN)/python -m benchmarks.speedrun
+	$(BIN)/python -m benchmarks.speedrun --track open
+	$(BIN)/python -m benchmarks.speedrun --profile
 	$(BIN)/python -m benchmarks.equality
 	$(BIN)/convwave verify --out benchmarks/results
 	rm -rf runs/reproduce

@@ -190,6 +190,35 @@ def bench() -> str:
     )
 
 
+def speedrun() -> str:
+    tracks = [_read("speedrun.json"), _read("speedrun-open.json")]
+    rows = [
+        [
+            report["title"],
+            f"{report['parameters']:,}",
+            f"{report['config']['steps']:,}",
+            f"<= {report['target']}",
+            f"{report['val_mean']:.4f} ± {report['val_std']:.4f}, p = {report['p_value']:.1g}",
+            f"**{_timing(report['seconds'])}**",
+            f"{report['cpu_seconds']['min']:.2f} s",
+            f"{report['times_faster']:.0f}",
+        ]
+        for report in tracks
+    ]
+    parts = _read("speedrun-profile.json")["milliseconds"]
+    total = sum(parts.values())
+    where = ", ".join(f"{name} {100 * ms / total:.0f} %" for name, ms in parts.items())
+    columns = ["track", "parameters", "steps", "target", "validation", "from text to network", "least CPU time"]
+    return (
+        _table([*columns, "times faster than the post's loop (estimated)"], rows)
+        + f"\n\n{_device(tracks[0]['provenance'])}, tier `{tracks[0]['config']['tier']}`, "
+        f"{len(tracks[0]['seeds'])} seeds; the machine was shared while it was timed. Of the first track's time: "
+        f"{where}.\nWith seeds, losses and times: [post](benchmarks/results/speedrun.json), "
+        "[open](benchmarks/results/speedrun-open.json), [profile](benchmarks/results/speedrun-profile.json).\n"
+        "`python -m benchmarks.speedrun`, `... --track open`, `... --profile`."
+    )
+
+
 def mutants() -> str:
     text = (Path(__file__).resolve().parent.parent / "tests/MUTANTS.md").read_text(encoding="utf-8")
     found = re.search(r"Caught by the tests: (\d+ of \d+)", text)
@@ -197,7 +226,7 @@ def mutants() -> str:
     return found[1]
 
 
-BLOCKS = {f.__name__: f for f in (headline, equality, trajectory, figures, bench, mutants)}
+BLOCKS = {f.__name__: f for f in (headline, equality, trajectory, figures, speedrun, bench, mutants)}
 
 
 def render(text: str) -> str:

@@ -30,6 +30,7 @@ from convwave.nn import ConvWave
 from convwave.ops import available_backends
 from convwave.provenance import device_name, provenance
 from convwave.recipes import PUBLISHED, RECIPES
+from convwave.tiers import TIERS
 from convwave.training import (
     MODEL_FILE,
     MODELS,
@@ -101,6 +102,7 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument("--levels", type=int, help="the context is 2^levels tokens (default: the recipe's)")
     p.add_argument("--seed", type=int, help="default: 42 for blog, as in the post, else 0")
     p.add_argument("--device", help="cpu (default), cuda, cuda:1, ...")
+    p.add_argument("--tier", choices=["auto", *TIERS], help="how to train it (default: auto, the fastest there is)")
     p.add_argument("--out", type=Path, metavar="DIR", help="where to save (default: a new directory in runs/)")
     p.add_argument("--resume", action="store_true", help="go on with the run in --out, or begin it")
     p.add_argument("--save-every", type=float, default=10.0, metavar="S", help="seconds between savings (default: 10)")
@@ -164,12 +166,12 @@ def _train(args: argparse.Namespace) -> None:
         raise UsageError(f"--save-every: expected at least 0, got {args.save_every}")
     if args.resume and args.out is None:
         raise UsageError("--resume: needs --out DIR, the run to go on with")
-    names = ("model", "recipe", "steps", "batch", "n_embd", "n_hidden", "levels", "seed", "device")
+    names = ("model", "recipe", "steps", "batch", "n_embd", "n_hidden", "levels", "seed", "device", "tier")
     given = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
     if args.resume and (args.out / STATE_FILE).exists():
         config = read_config(args.out)
         for name, value in given.items():
-            if getattr(config, name) != value:
+            if getattr(config, name) != value and (name, value) != ("tier", "auto"):
                 flag = "--" + name.replace("_", "-")
                 raise UsageError(
                     f"{flag}: {args.out} was begun with {getattr(config, name)}, cannot go on with {value}"

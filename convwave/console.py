@@ -59,7 +59,7 @@ class ConsoleReporter(Reporter):
         self.loss = float("nan")
         self.message(
             f"training {config.model} ({parameters:,} parameters) by recipe {config.recipe}: "
-            f"{config.steps:,} steps, seed {config.seed}, {config.device}"
+            f"{config.steps:,} steps, seed {config.seed}, {config.device}, tier {config.tier}"
         )
         if self.console.is_terminal:
             self.progress = Progress(

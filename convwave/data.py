@@ -186,7 +186,7 @@ class Vocabulary:
     @classmethod
     def from_words(cls, words: Iterable[str]) -> Vocabulary:
         """The sorted distinct characters of `words`, as in the post."""
-        characters = set().union(*map(set, words))
+        characters = set("".join(words))
         if BOUNDARY in characters:
             raise ValueError("words: '.' is reserved for the word boundary")
         return cls([BOUNDARY, *sorted(characters)])

@@ -236,13 +236,43 @@ def select_windows(graph: Graph, positions: Tensor, targets: Tensor) -> Graph:
     rows = positions if graph.inverse is None else graph.inverse.index_select(0, positions)
     kept, inverse = torch.unique(rows, return_inverse=True)
     counts = torch.bincount(inverse, minlength=kept.numel()).double()
+    taps, tokens = _below(graph, kept)
+    ones = torch.ones(targets.shape, dtype=torch.float64, device=targets.device)
+    return _graph("distinct", graph.factors, tokens, taps, counts, targets, ones, inverse, inverse)
+
+
+def select_contexts(graph: Graph, rows: Tensor, scale: Tensor) -> Graph:
+    """The part of a distinct graph that some of its top rows need, each with all its windows and targets.
+
+    Args:
+        graph: a distinct graph.
+        rows: (N,) int64 distinct top rows, at least one.
+        scale: (N,) what to multiply the counts of each by.
+
+    Returns:
+        A graph of kind "distinct" without `inverse`, on the device of `graph`; its top rows are `rows` in their order.
+    """
+    if graph.target_rows is None or rows.numel() == 0:
+        raise ValueError(f"graph, rows: expected a distinct graph and a row, got {graph.kind} and {rows.numel()} rows")
+    rows, scale = rows.to(graph.tokens.device), scale.to(graph.tokens.device, torch.float64)
+    position = torch.full((graph.num_rows,), -1, device=rows.device)
+    position[rows] = torch.arange(rows.numel(), device=rows.device)
+    target_rows = position.index_select(0, graph.target_rows)
+    chosen = (target_rows >= 0).nonzero().view(-1)
+    target_rows = target_rows[chosen]
+    counts = graph.weights[-1][rows] * scale
+    target_counts = graph.target_counts[chosen] * scale[target_rows]
+    taps, tokens = _below(graph, rows)
+    return _graph("distinct", graph.factors, tokens, taps, counts, graph.target_ids[chosen], target_counts, target_rows)
+
+
+def _below(graph: Graph, kept: Tensor) -> tuple[tuple[Tensor, ...], Tensor]:
+    """Taps and tokens of the part of a graph that some of its top rows need."""
     taps: list[Tensor] = []
     for level in reversed(graph.taps):
         kept, local = torch.unique(level.index_select(1, kept), return_inverse=True)
         taps.insert(0, local)
-    ones = torch.ones(targets.shape, dtype=torch.float64, device=targets.device)
-    tokens = graph.tokens[kept]
-    return _graph("distinct", graph.factors, tokens, tuple(taps), counts, targets, ones, inverse, inverse)
+    return tuple(taps), graph.tokens[kept]
 
 
 def multiplicities(taps: Sequence[Tensor], counts: Tensor, rows_below: Sequence[int]) -> tuple[Tensor, ...]:

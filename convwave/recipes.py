@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 
@@ -12,12 +12,17 @@ class Recipe:
 
     Attributes:
         optimizer: "sgd" is the post's; "muon" is Muon on the convolution matrices and Adam on all else.
-        batch_of: "windows" draws single positions with replacement, "names" takes whole names epoch by epoch.
-        batch: windows or names a step.
+        batch_of: "windows" draws single positions with replacement, "names" takes whole names epoch by epoch,
+            "contexts" draws distinct contexts, see `batches.ContextSampler`.
+        batch: windows, names or contexts a step; contexts in the first step.
+        growth: of batches of contexts, from the first step to the last.
+        context_power: how much more often frequent contexts are drawn.
         lr: of SGD, or of Muon.
         adam_lr: of Adam, for everything that is not a convolution matrix.
+        adam_beta: of Adam's running mean of gradients.
         weight_decay: decoupled, of Muon and Adam.
         warmup: share of the steps in which the rate rises from 0.
+        orthogonal_steps: Newton-Schulz steps of Muon.
         token_noise: share of the letters read that are replaced by random ones of the training text (what is to be
             predicted stays): smoothing for networks large enough to learn the names by heart.
         n_embd, n_hidden, levels: the network that the recipe was made for.
@@ -25,13 +30,17 @@ class Recipe:
 
     name: str
     optimizer: Literal["sgd", "muon"]
-    batch_of: Literal["windows", "names"]
+    batch_of: Literal["windows", "names", "contexts"]
     steps: int
     batch: int
     lr: float
+    growth: float = 1.0
+    context_power: float = 0.0
     adam_lr: float = 0.0
+    adam_beta: float = 0.9
     weight_decay: float = 0.0
     momentum: float = 0.0
+    orthogonal_steps: int = 5
     warmup: float = 0.0
     token_noise: float = 0.0
     n_embd: int = 10
@@ -81,7 +90,26 @@ RECORD = Recipe(
     n_hidden=384,
 )
 
-RECIPES = {recipe.name: recipe for recipe in (BLOG, FAST, RECORD)}
+SPRINT = Recipe(
+    "sprint",
+    "muon",
+    "contexts",
+    steps=200,
+    batch=1300,
+    growth=1.7,
+    context_power=0.7,
+    lr=0.25,
+    adam_lr=0.05,
+    adam_beta=0.8,
+    weight_decay=0.15,
+    momentum=0.9,
+    orthogonal_steps=3,
+    warmup=0.05,
+)
+
+SPRINT_WIDE = replace(SPRINT, name="sprint_wide", steps=100, adam_lr=0.03, weight_decay=0.15, n_embd=24, n_hidden=128)
+
+RECIPES = {recipe.name: recipe for recipe in (BLOG, FAST, RECORD, SPRINT, SPRINT_WIDE)}
 
 
 @dataclass(frozen=True)

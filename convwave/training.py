@@ -13,7 +13,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -27,14 +27,17 @@ except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
 
 from convwave import functional, plotting, reference
+from convwave.batches import ContextSampler
 from convwave.checkpoint import CheckpointError, read_tensors, write_atomic, write_tensors
+from convwave.closed_form import Batch, ClosedForm, ContextBatches, MuonAdam, NameBatches, graph_batch
 from convwave.convert import from_windowed, to_windowed
 from convwave.data import Packed, Vocabulary, Words, pack, split_words
 from convwave.evaluation import EvaluationSet, SplitLoss
-from convwave.graph import Graph, distinct_graph, select_windows
+from convwave.graph import Graph, distinct_graph, select_contexts, select_windows
 from convwave.nn import ConvWave
 from convwave.optim import Muon
 from convwave.recipes import PUBLISHED, RECIPES
+from convwave.tiers import choose_tier
 
 STATE_FORMAT = "convwave.state.1"
 STATE_FILE, MODEL_FILE, RESULT_FILE = "state.safetensors", "model.safetensors", "result.json"
@@ -55,13 +58,14 @@ class Interrupted(RuntimeError):
 
 @dataclass(frozen=True)
 class Config:
-    """What is trained and how. Two runs of equal configuration on equal data and device give equal weights.
+    """What is trained and how. Two runs of equal configuration on equal data and machine give equal weights.
 
     Attributes:
         model: "convwave", or one of the post's windowed networks: "mlp3", "mlp8", "hierarchical".
         recipe: a name in `recipes.RECIPES`.
         steps, batch: of the recipe unless given.
         seed: of weights and batches; the windowed networks draw both from one generator, as the post does.
+        tier: of `tiers.TIERS`: which implementation trains it.
     """
 
     model: str
@@ -73,6 +77,7 @@ class Config:
     n_hidden: int
     levels: int
     device: str = "cpu"
+    tier: str = "reference"
 
     @classmethod
     def make(
@@ -87,11 +92,12 @@ class Config:
         n_hidden: int | None = None,
         levels: int | None = None,
         device: str | None = None,
+        tier: str | None = None,
     ) -> Config:
-        """Fill in what is None from the recipe.
+        """Fill in what is None from the recipe; the tier is the fastest of this device unless given.
 
         Raises:
-            UsageError: an unknown name, a number out of range, or a recipe that does not train this network.
+            UsageError: an unknown name, a number out of range, or a recipe or a tier that does not train this network.
         """
         if model not in MODELS:
             raise UsageError(f"model: expected one of {', '.join(MODELS)}, got {model!r}")
@@ -104,6 +110,11 @@ class Config:
                 raise UsageError(f"recipe: {model} is trained by 'blog' only, got {recipe!r}")
             if (n_embd, n_hidden, levels) != (None, None, None):
                 raise UsageError(f"n_embd, n_hidden, levels: fixed for {model}, they are the post's")
+        device = device or "cpu"
+        try:
+            tier = choose_tier(tier or "auto", model, recipe, device)
+        except ValueError as error:
+            raise UsageError(str(error)) from None
         width, depth = chosen.n_hidden, chosen.levels
         if model in PUBLISHED:
             width, depth = PUBLISHED[model].n_hidden, len(PUBLISHED[model].factors)
@@ -116,7 +127,8 @@ class Config:
             n_embd=chosen.n_embd if n_embd is None else n_embd,
             n_hidden=width if n_hidden is None else n_hidden,
             levels=depth if levels is None else levels,
-            device=device or "cpu",
+            device=device,
+            tier=tier,
         )
         if config.batch < 2 and chosen.batch_of == "windows":
             raise UsageError("batch: expected at least 2 windows, the variance of one is not defined, got 1")
@@ -193,7 +205,7 @@ class WindowedRun:
 
 
 class ConvolutionRun:
-    """The convolution, on whole names or on the post's random windows fed as counts."""
+    """The convolution, on whole names, on contexts, or on the post's random windows fed as counts."""
 
     def __init__(self, config: Config, train: Packed, vocabulary: Vocabulary) -> None:
         self.config, self.recipe = config, RECIPES[config.recipe]
@@ -210,6 +222,7 @@ class ConvolutionRun:
         self.optimizers = self._optimizers()
         self.positions = config.batch
         self._everything: Graph | None = None
+        self._sampler: ContextSampler | None = None
         self._epoch, self._order = -1, torch.empty(0, dtype=torch.int64)
 
     def _optimizers(self) -> list[torch.optim.Optimizer]:
@@ -218,10 +231,10 @@ class ConvolutionRun:
             return [torch.optim.SGD(self.net.parameters(), lr=recipe.lr)]
         matrices = [p for name, p in self.net.named_parameters() if name.endswith("conv.weight")]
         rest = [p for name, p in self.net.named_parameters() if not name.endswith("conv.weight")]
-        decay = recipe.weight_decay
+        decay, betas = recipe.weight_decay, (recipe.adam_beta, 0.95)
         return [
-            Muon(matrices, lr=recipe.lr, momentum=recipe.momentum, weight_decay=decay),
-            torch.optim.AdamW(rest, lr=recipe.adam_lr, betas=(0.9, 0.95), weight_decay=decay, fused=True),
+            Muon(matrices, recipe.lr, recipe.momentum, decay, recipe.orthogonal_steps),
+            torch.optim.AdamW(rest, lr=recipe.adam_lr, betas=betas, weight_decay=decay, fused=True),
         ]
 
     def _all(self) -> Graph:
@@ -235,6 +248,9 @@ class ConvolutionRun:
         if self.recipe.batch_of == "windows":
             positions = torch.randint(0, len(self.train), (batch,), generator=self.generator)
             return select_windows(self._all(), positions, self.train.targets.index_select(0, positions))
+        if self.recipe.batch_of == "contexts":
+            rows, scale = self._contexts()(i)
+            return select_contexts(self._all(), rows, scale)
         if self.recipe.token_noise:
             names = self._noisy(self.train.select(self._names(i, min(batch, self.train.num_words))))
             return distinct_graph(names, factors=self.config.factors).to(self.config.device)
@@ -243,6 +259,15 @@ class ConvolutionRun:
         # of the graph of all names, the part that these need: half the time of a graph of their own
         positions, _ = self.train.positions(self._names(i, batch))
         return select_windows(self._all(), positions, self.train.targets.index_select(0, positions))
+
+    def _contexts(self) -> ContextSampler:
+        """What draws the contexts of every step."""
+        if self._sampler is None:
+            config, counts = self.config, self._all().weights[-1].cpu()
+            last = round(self.recipe.growth * config.batch)
+            power = self.recipe.context_power
+            self._sampler = ContextSampler(counts, config.batch, last, config.steps, power, config.seed)
+        return self._sampler
 
     def _names(self, i: int, batch: int) -> Tensor:
         """Indices of the names of step `i`."""
@@ -262,7 +287,7 @@ class ConvolutionRun:
 
     def step(self, i: int) -> float:
         graph = self._batch(i)
-        self.positions = round(graph.totals[-1])
+        self.positions = graph.num_rows if self.recipe.batch_of == "contexts" else round(graph.totals[-1])
         rate = self.recipe.rate(i, self.config.steps)
         loss = functional.loss(self.net(graph), graph)
         for optimizer in self.optimizers:
@@ -275,8 +300,8 @@ class ConvolutionRun:
         return loss.item()
 
     def finish(self) -> ConvWave:
-        """For whole names: replace the running statistics by the exact ones of the whole training split."""
-        if self.recipe.batch_of == "names":
+        """But for windows: replace the running statistics by the exact ones of the whole training split."""
+        if self.recipe.batch_of != "windows":
             recompute_statistics(self.net, self._all())
         return self.net.eval()
 
@@ -303,6 +328,71 @@ class ConvolutionRun:
                 for parameter in group["params"]:
                     values = _without_prefix(f"optimizer.{names[parameter]}", state)
                     optimizer.state[parameter] = {key: value.to(parameter.device) for key, value in values.items()}
+        self.generator.set_state(state["generator"])
+
+
+class ClosedFormRun(ConvolutionRun):
+    """Tier "cpu": the same batches and the same step as `ConvolutionRun`, without autograd."""
+
+    def __init__(self, config: Config, train: Packed, vocabulary: Vocabulary) -> None:
+        super().__init__(config, train, vocabulary)
+        recipe = self.recipe
+        self.form = ClosedForm(self.net)
+        self.optimizer = MuonAdam(
+            self.form,
+            recipe.lr,
+            recipe.adam_lr,
+            recipe.momentum,
+            recipe.weight_decay,
+            (recipe.adam_beta, 0.95),
+            recipe.orthogonal_steps,
+        )
+        self._read: Callable[[int], Batch] | None = None
+
+    def _optimizers(self) -> list[torch.optim.Optimizer]:
+        return []
+
+    def reader(self) -> Callable[[int], Batch]:
+        """What makes the batch of a step."""
+        vocab_size, graph = self.net.vocab_size, self._all()
+        if self.recipe.batch_of == "contexts":
+            return ContextBatches(self._contexts(), graph, vocab_size)
+        if self.recipe.token_noise:
+            return lambda i: graph_batch(self._batch(i), vocab_size)
+        if self.config.batch >= self.train.num_words:
+            full = graph_batch(graph, vocab_size)
+            return lambda i: full
+        batches = NameBatches(self.train, graph, vocab_size)
+        return lambda i: batches(self._names(i, self.config.batch))
+
+    def step(self, i: int) -> float:
+        if self._read is None:
+            self._read = self.reader()
+        batch = self._read(i)
+        self.positions = batch.weights[-1].numel() if self.recipe.batch_of == "contexts" else round(batch.totals[-1])
+        loss = self.form.gradients(batch)
+        self.optimizer.step(self.recipe.rate(i, self.config.steps))
+        return loss.item()
+
+    @torch.no_grad()
+    def model(self) -> ConvWave:
+        values = self.form.parameters()
+        for name, parameter in self.net.named_parameters():
+            parameter.copy_(values[name])
+        return self.net
+
+    def finish(self) -> ConvWave:
+        self.model()
+        return super().finish()
+
+    def state(self) -> dict[str, Tensor]:
+        self.model()
+        return super().state() | _prefixed("optimizer", self.optimizer.state())
+
+    def restore(self, state: dict[str, Tensor]) -> None:
+        self.net.load_state_dict(_without_prefix("model", state))
+        self.form.load(self.net)
+        self.optimizer.load(_without_prefix("optimizer", state))
         self.generator.set_state(state["generator"])
 
 
@@ -345,8 +435,41 @@ def _without_prefix(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor
     return {name.removeprefix(start): tensor for name, tensor in tensors.items() if name.startswith(start)}
 
 
+def begin(config: Config, train: Packed, vocabulary: Vocabulary) -> Run:
+    """The run of a configuration, before its first step.
+
+    Args:
+        config: what and how.
+        train: the words to train on.
+        vocabulary: theirs.
+    """
+    if config.model in PUBLISHED:
+        return WindowedRun(config, train, len(vocabulary))
+    return (ClosedFormRun if config.tier == "cpu" else ConvolutionRun)(config, train, vocabulary)
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # The loop
+
+
+def fit(config: Config, train: Packed, vocabulary: Vocabulary) -> ConvWave:
+    """The network that `train` ends with, and nothing else: no files, no evaluation, nobody told.
+
+    Args:
+        config: what and how.
+        train: the words to train on.
+        vocabulary: theirs.
+
+    Raises:
+        Diverged: a loss that is not finite.
+    """
+    run = begin(config, train, vocabulary)
+    with few_threads(config, run.model().num_parameters, train):
+        for i in range(config.steps):
+            loss = run.step(i)
+            if not math.isfinite(loss):
+                raise Diverged(f"the loss is {loss} at step {i + 1}")
+        return run.finish()
 
 
 class Reporter:
@@ -433,11 +556,7 @@ def _train(
     splits = split_words(words.words)
     vocabulary = Vocabulary.from_words(words.words)
     packed = pack(splits.train, vocabulary)
-    run: Run
-    if config.model in PUBLISHED:
-        run = WindowedRun(config, packed, len(vocabulary))
-    else:
-        run = ConvolutionRun(config, packed, vocabulary)
+    run = begin(config, packed, vocabulary)
 
     losses: list[float] = []
     seconds = 0.0
@@ -453,7 +572,7 @@ def _train(
     started = last_save = time.perf_counter()
     try:
         reporter.start(config, parameters, len(losses))
-        with _interruptible() as interrupted, threads(1) if _is_small(config, parameters, packed) else nullcontext():
+        with _interruptible() as interrupted, few_threads(config, parameters, packed):
             if not losses:
                 save()  # so that even a run killed in its first second leaves something to resume
             for i in range(len(losses), config.steps):
@@ -559,15 +678,15 @@ def locked(out: Path) -> Iterator[None]:
         yield
 
 
-def _is_small(config: Config, parameters: int, train: Packed) -> bool:
-    """Whether a step is so little work that several threads gain nothing, and lose much where a core is busy.
+def few_threads(config: Config, parameters: int, train: Packed) -> AbstractContextManager[None]:
+    """One thread where a step is so little work that several gain nothing, and lose much where a core is busy.
 
     22,397 parameters and 512 names, 80 million multiply-adds forward: 9.5 ms a step on one thread, 8.4 on two idle
     cores, 50 with another process on the second.
     """
     of_names = RECIPES[config.recipe].batch_of == "names"
     positions = config.batch * (len(train) / train.num_words if of_names else 1)
-    return parameters * positions < 2e8
+    return threads(1) if parameters * positions < 2e8 else nullcontext()
 
 
 @contextmanager

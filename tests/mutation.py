@@ -25,7 +25,10 @@ from types import ModuleType
 from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parent.parent
-TESTS = [f"tests/test_{name}.py" for name in ("equivalence", "graph", "generation", "convert", "evaluation", "data")]
+TESTS = [
+    f"tests/test_{name}.py"
+    for name in ("equivalence", "graph", "generation", "convert", "evaluation", "data", "closed_form")
+]
 
 # of modules that those do not reach
 OWN_TESTS = {"kernels": ["tests/test_kernels.py"], "ops": ["tests/test_ops.py"]}
@@ -199,6 +202,56 @@ MUTANTS = [
         "keepdim=True)).double() * temperature",
     ),
     Mutant("novel names are the seen ones", "evaluation", "word not in train for", "word in train for"),
+    Mutant(
+        "closed form: weights ignored in the mean", "closed_form", "torch.mul(z, w[:, None], out=scratch).sum", "z.sum"
+    ),
+    Mutant("closed form: no gradient through the mean", "closed_form", ".addr_(w, dbeta, alpha=-1 / n)", ""),
+    Mutant("closed form: no gradient through the variance", "closed_form", "gy.addcmul_(wz, correction)", "gy"),
+    Mutant(
+        "closed form: the logistic's half forgotten",
+        "closed_form",
+        "torch.sub(bias, weight.sum(1)",
+        "torch.sub(bias, 0",
+    ),
+    Mutant("closed form: all taps read one range", "closed_form", "tap.sub_(begin)", "pass"),
+    Mutant(
+        "closed form: a row that both ends read kept twice",
+        "closed_form",
+        "for code in (1, 3, 2)]",
+        "for code in (1, 3, 3)]",
+    ),
+    Mutant("closed form: no momentum in Muon's gradient", "closed_form", "grad.lerp_(momentum, self.momentum)", "grad"),
+    Mutant(
+        "closed form: Adam's second moment not corrected", "closed_form", ".div_((1 - beta2**self.steps) ** 0.5)", ""
+    ),
+    Mutant(
+        "closed form: Adam's decay at a constant rate",
+        "closed_form",
+        "1 - adam_lr * self.weight_decay",
+        "1 - self.adam_lr * self.weight_decay",
+    ),
+    Mutant(
+        "contexts drawn are not weighted",
+        "closed_form",
+        "targets = self._targets.index_select(0, kept).mul_(scale[:, None])",
+        "targets = self._targets.index_select(0, kept)",
+    ),
+    Mutant(
+        "contexts that always come are drawn rarely",
+        "batches",
+        "torch.ones_like(shares).scatter_",
+        "(0.5 * torch.ones_like(shares)).scatter_",
+    ),
+    Mutant(
+        "a stage of contexts begins where the text does",
+        "batches",
+        "alpha=step - self._begin[stage] + 1",
+        "alpha=step % 3",
+    ),
+    Mutant("inference: BatchNorm's mean not subtracted", "inference", " - norm.running_mean * scale", ""),
+    Mutant(
+        "inference: the last block cut short", "inference", "n = min(rows, N - start)", "n = min(rows, N - start - 1)"
+    ),
 ]
 
 MUTANTS += [

@@ -234,6 +234,9 @@ def test_refusals(trained: Path, few: Path, tmp_path: Path, capsys) -> None:
         (["train", "--steps", "many", *use], "--steps: invalid int value: 'many'"),
         (["train", "--model", "rnn", *use], "invalid choice: 'rnn'"),
         (["train", "--model", "mlp3", "--recipe", "fast", *use], "mlp3 is trained by 'blog' only"),
+        (["train", "--tier", "warp", *use], "invalid choice: 'warp'"),
+        (["train", "--tier", "cpu", "--recipe", "blog", *use], "tier: expected one of reference"),
+        (["train", "--out", str(trained), "--resume", "--tier", "reference", *use], "--tier:"),
         (["train", "--save-every", "-1", *use], "--save-every"),
         (["train", "--device", "abacus", *use], "--device: 'abacus' is not available"),
         (["train", "--resume", *use], "--resume: needs --out"),
@@ -284,9 +287,9 @@ def test_ctrl_c_saves_and_exits_in_good_order(few: Path, tmp_path: Path) -> None
 
 
 def test_divergence_is_status_1(few: Path, tmp_path: Path, capsys, monkeypatch) -> None:
-    from convwave.training import ConvolutionRun
+    from convwave.training import ClosedFormRun
 
-    monkeypatch.setattr(ConvolutionRun, "step", lambda self, i: float("inf"))
+    monkeypatch.setattr(ClosedFormRun, "step", lambda self, i: float("inf"))
     assert cli.main(["train", "--out", str(tmp_path / "r"), "--data", str(few)]) == 1
     assert capsys.readouterr().err.splitlines()[-1].startswith("convwave: the loss is inf at step 1")
 

@@ -54,9 +54,9 @@ def test_the_reference_imports_nothing_of_convwave_but_data() -> None:
 
 def test_imports_point_downward() -> None:
     """data < graph < functional < nn < convert, checkpoint < evaluation, generation < training < cli."""
-    order = ["data", "reference", "graph", "eager", "ops", "functional", "nn"]
-    order += ["checkpoint", "convert", "evaluation", "generation"]
-    order += ["optim", "recipes", "plotting", "training", "verification", "provenance", "console", "cli"]
+    order = ["data", "reference", "graph", "eager", "ops", "functional", "nn", "checkpoint", "convert", "optim"]
+    order += ["batches", "closed_form", "inference", "evaluation", "generation", "recipes", "tiers", "plotting"]
+    order += ["training", "verification", "provenance", "console", "cli"]
     for position, module in enumerate(order):
         body = ast.parse((ROOT / f"convwave/{module}.py").read_text(encoding="utf-8")).body
         for node in body:

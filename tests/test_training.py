@@ -20,7 +20,17 @@ from convwave import reference, training
 from convwave.checkpoint import CheckpointError, read_tensors, write_tensors
 from convwave.plotting import block_means
 from convwave.recipes import BLOG, FAST, RECIPES, RECORD
-from convwave.training import STATE_FILE, STATE_FORMAT, Config, ConvolutionRun, Diverged, Reporter, UsageError, train
+from convwave.training import (
+    STATE_FILE,
+    STATE_FORMAT,
+    ClosedFormRun,
+    Config,
+    ConvolutionRun,
+    Diverged,
+    Reporter,
+    UsageError,
+    train,
+)
 from tests.helpers import relative_error
 
 
@@ -52,6 +62,9 @@ CONFIGS = [
     Config.make("convwave", "fast", steps=12, batch=64),
     Config.make("convwave", "fast", steps=7, batch=10_000),  # the whole split every step
     Config.make("convwave", "record", steps=5, batch=32, n_hidden=20),
+    Config.make("convwave", "sprint", steps=12, batch=100),
+    Config.make("convwave", "fast", steps=12, batch=64, tier="reference"),
+    Config.make("convwave", "sprint", steps=5, batch=100, tier="reference"),
     Config.make("convwave", "blog", steps=12),
     Config.make("hierarchical", steps=12),
     Config.make("mlp3", steps=12),
@@ -59,7 +72,7 @@ CONFIGS = [
 ]
 
 
-@pytest.mark.parametrize("config", CONFIGS, ids=lambda c: f"{c.model}-{c.recipe}-{c.batch}")
+@pytest.mark.parametrize("config", CONFIGS, ids=lambda c: f"{c.model}-{c.recipe}-{c.batch}-{c.tier}")
 def test_interrupted_anywhere_and_resumed_ends_in_the_same_bits(config: Config, few: cw.Words, tmp_path: Path) -> None:
     whole = train(config, few, tmp_path / "whole", save_every=1e9)
     for stop in (1, config.steps // 2, config.steps - 1):
@@ -164,20 +177,23 @@ def test_every_epoch_visits_every_name_once(few: cw.Words) -> None:
     assert epochs[0] != epochs[1], "another order"
 
 
+@pytest.mark.parametrize("tier", ["reference", "cpu"])
 def test_divergence_stops_with_a_clear_error_and_keeps_the_last_good_state(
-    few: cw.Words, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tier: str, few: cw.Words, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    config = Config.make(steps=20, batch=64)
-    step = ConvolutionRun.step
+    config = Config.make(steps=20, batch=64, tier=tier)
+    kind = ClosedFormRun if tier == "cpu" else ConvolutionRun
+    step = kind.step
 
     def poisoned(self: ConvolutionRun, i: int) -> float:
         loss = step(self, i)
         if i == 12:  # the loss of this step is still finite, its weights are not
+            weight = self.form.vectors["head.weight"] if isinstance(self, ClosedFormRun) else self.net.head.weight
             with torch.no_grad():
-                self.net.head.weight[0, 0] = float("nan")
+                weight[0, 0] = float("nan")
         return loss
 
-    monkeypatch.setattr(ConvolutionRun, "step", poisoned)
+    monkeypatch.setattr(kind, "step", poisoned)
     with pytest.raises(Diverged, match=r"head.weight is no longer finite after step 13.*holds the last good state"):
         train(config, few, tmp_path / "a", save_every=0)
     with pytest.raises(Diverged, match="the loss is nan at step 14"):
@@ -218,15 +234,15 @@ def test_two_processes_cannot_train_in_one_directory(few: cw.Words, tmp_path: Pa
     train(config, few, tmp_path)
 
 
-def test_damaged_states_are_named(few: cw.Words, tmp_path: Path) -> None:
-    config = Config.make(steps=3, batch=64)
+@pytest.mark.parametrize(("tier", "optimizer"), [("reference", "optimizer.head.bias"), ("cpu", "optimizer.exp_avg_sq")])
+def test_damaged_states_are_named(tier: str, optimizer: str, few: cw.Words, tmp_path: Path) -> None:
+    config = Config.make(steps=3, batch=64, tier=tier)
     train(config, few, tmp_path)
     path = tmp_path / STATE_FILE
     tensors, metadata = read_tensors(path, STATE_FORMAT)
-    for name in ("losses", "optimizer.head.bias.exp_avg", "generator", "model.head.bias"):
+    for name in ("losses", optimizer, "generator", "model.head.bias"):
         kept = {key: t for key, t in tensors.items() if not key.startswith(name)}
-        if name.startswith("optimizer"):
-            kept = {key: t for key, t in kept.items() if not key.startswith("optimizer.head.bias")}
+        assert len(kept) < len(tensors)
         write_tensors(path, kept, metadata)
         with pytest.raises(CheckpointError, match="is not a usable state"):
             train(config, few, tmp_path, resume=True)
@@ -296,7 +312,9 @@ def test_schedules() -> None:
 def test_configurations_are_checked() -> None:
     assert Config.make().recipe == "fast"
     assert Config.make("mlp3") == Config.make("mlp3", "blog", steps=200_000, batch=32, seed=42)
-    assert set(RECIPES) == {"blog", "fast", "record"}
+    assert set(RECIPES) == {"blog", "fast", "record", "sprint", "sprint_wide"}
+    assert Config.make().tier == "cpu"
+    assert Config.make(recipe="blog").tier == Config.make("mlp3").tier == "reference"
     for arguments, reason in [
         ({"model": "rnn"}, "model: expected one of"),
         ({"recipe": "slow"}, "recipe: expected one of"),
@@ -308,6 +326,13 @@ def test_configurations_are_checked() -> None:
         ({"recipe": "blog", "batch": 1}, "batch: expected at least 2 windows"),
         ({"levels": 13}, "levels: expected at most 12"),
         ({"n_hidden": 0}, "n_hidden: expected at least 1, got 0"),
+        ({"tier": "warp"}, "tier: expected auto or one of .*reference, got 'warp'"),
+        (
+            {"tier": "cpu", "recipe": "blog"},
+            "tier: expected one of reference for convwave by recipe blog on cpu, got 'cpu'",
+        ),
+        ({"tier": "cpu", "model": "mlp8"}, "tier: expected one of reference for mlp8 by recipe blog on cpu, got 'cpu'"),
+        ({"tier": "cpu", "device": "cuda:1"}, "tier: expected .* on cuda:1, got 'cpu'"),
     ]:
         with pytest.raises(UsageError, match=reason):
             Config.make(**arguments)

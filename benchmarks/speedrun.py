@@ -1,0 +1,299 @@
+"""The speedrun: from a text in memory to a network as good as the post's, in how many seconds.
+
+    python -m benchmarks.speedrun                    the post's network to the post's loss
+    python -m benchmarks.speedrun --track open       any network of up to 100,000 parameters to the lecture's best loss
+    python -m benchmarks.speedrun --tier reference   by another tier than the machine's fastest
+    python -m benchmarks.speedrun --profile          where the time of the fastest tier goes
+
+Rules. Data: the post's names.txt in the post's split. Target: the mean validation loss over at least 20 seeds lies at
+or below the track's, and a one-sided t-test rejects with p < 0.01 that the true mean lies above. Timed: everything from
+the text, a string, to the final network: splitting, packing, graphs, initial weights, all steps, and the running
+statistics for evaluation, which see the training split only. Not timed: imports, warm-up, evaluation. Where the target
+is missed, no time is printed or written.
+
+The post's own loop is the baseline, timed in the same run: 500 of its 200,000 steps before every training,
+scaled up, and called so.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from rich.table import Table
+
+import convwave as cw
+from benchmarks.figures import RESULTS, prepare, quantiles
+from convwave import training
+from convwave.checkpoint import write_atomic
+from convwave.console import stderr
+from convwave.provenance import device_name, provenance
+from convwave.recipes import PUBLISHED
+from convwave.tiers import available_tiers
+from convwave.training import ClosedFormRun, Config
+
+SEEDS, LEVEL = 20, 0.01
+BLOG_STEPS = 500  # of the baseline, between two trainings
+
+
+class Track(NamedTuple):
+    """What is to be reached, and by what network.
+
+    Attributes:
+        title: in words.
+        target: mean validation loss.
+        parameters: at most.
+        recipe: ours.
+    """
+
+    title: str
+    target: float
+    parameters: int
+    recipe: str
+
+
+TRACKS = {
+    "post": Track("the post's network to the post's loss", PUBLISHED["hierarchical"].val, 22_397, "sprint"),
+    "open": Track("up to 100,000 parameters to the lecture's best loss", 1.9937, 100_000, "sprint_wide"),
+}
+
+
+class Timed(NamedTuple):
+    """A training by the rules: the network, and how long it took by the wall and on all cores together."""
+
+    model: cw.ConvWave
+    seconds: float
+    cpu_seconds: float
+
+
+def timed_training(text: str, config: Config) -> Timed:
+    """From a text of one word a line to a network ready to evaluate."""
+    cuda = config.device.startswith("cuda")
+    if cuda:
+        torch.cuda.synchronize(config.device)
+    started, cpu_started = time.perf_counter(), time.process_time()
+    words = text.split("\n")
+    vocabulary = cw.Vocabulary.from_words(words)
+    model = training.fit(config, cw.pack(cw.split_words(words).train, vocabulary), vocabulary)
+    if cuda:
+        torch.cuda.synchronize(config.device)
+    return Timed(model, time.perf_counter() - started, time.process_time() - cpu_started)
+
+
+def p_value(values: list[float], target: float) -> float:
+    """One-sided t-test: how likely means this far below the target are if the true mean is the target."""
+    n = len(values)
+    deviation = statistics.stdev(values)
+    difference = target - statistics.mean(values)
+    if deviation == 0:
+        return 0.0 if difference > 0 else 1.0
+    t = difference / (deviation / n**0.5)
+    # P(|T| < t) of n - 1 degrees of freedom as a finite sum (Abramowitz and Stegun 26.7.3 and 26.7.4)
+    freedom = n - 1
+    angle = math.atan(t / freedom**0.5)
+    odd = freedom % 2 == 1
+    term = math.cos(angle) if odd else 1.0
+    total = term if freedom > 1 else 0.0
+    for k in range(3 if odd else 2, freedom - 1, 2):
+        term *= (k - 1) / k * math.cos(angle) ** 2
+        total += term
+    within = math.sin(angle) * total
+    if odd:
+        within = 2 / math.pi * (angle + within)
+    return max(0.0, (1 - within) / 2)
+
+
+def baseline(words: cw.Words) -> tuple[Callable[[], None], Callable[[], dict[str, Any]]]:
+    """The post's own loop: a function that times a piece of it, and one that says what the pieces came to."""
+    config = Config.make("hierarchical")
+    pieces: list[float] = []
+    vocabulary = cw.Vocabulary.from_words(words.words)
+    run = training.WindowedRun(config, cw.pack(cw.split_words(words.words).train, vocabulary), len(vocabulary))
+
+    def piece() -> None:
+        with training.threads(1):  # faster than two for batches of 32 windows
+            started = time.perf_counter()
+            for i in range(BLOG_STEPS):
+                run.step(i)
+            pieces.append((time.perf_counter() - started) / BLOG_STEPS)
+
+    def report() -> dict[str, Any]:
+        return {
+            "what": f"estimate: {BLOG_STEPS * len(pieces)} of {config.steps} steps timed between trainings, scaled",
+            "seconds_per_step": quantiles(pieces),
+            "estimated_seconds": statistics.median(pieces) * config.steps,
+        }
+
+    return piece, report
+
+
+def speedrun(words: cw.Words, name: str, config: Config, seeds: int) -> dict[str, Any]:
+    """Train once per seed and judge; without times where the target is missed."""
+    track = TRACKS[name]
+    text = "\n".join(words.words)
+    evaluation = prepare(words, config.factors)
+    piece, of_baseline = baseline(words)
+    timed_training(text, replace(config, steps=3))  # warm-up
+    runs, losses = [], []
+    for seed in range(seeds):
+        piece()
+        run = timed_training(text, replace(config, seed=seed))
+        runs.append(run)
+        losses.append({split: float(loss.loss or 0) for split, loss in evaluation.losses(run.model).items()})
+        stderr().print(f"  seed {seed}: val {losses[-1]['val']:.4f}")
+    val = [loss["val"] for loss in losses]
+    p = p_value(val, track.target)
+    parameters = runs[0].model.num_parameters
+    report = {
+        "track": name,
+        "title": track.title,
+        "target": track.target,
+        "most_parameters": track.parameters,
+        "parameters": parameters,
+        "config": asdict(config),
+        "seeds": list(range(seeds)),
+        "losses": {split: [loss[split] for loss in losses] for split in losses[0]},
+        "val_mean": statistics.mean(val),
+        "val_std": statistics.stdev(val),
+        "p_value": p,
+        "reached": parameters <= track.parameters and statistics.mean(val) <= track.target and p < LEVEL,
+    }
+    if report["reached"]:
+        seconds = [run.seconds for run in runs]
+        base = of_baseline()
+        report |= {
+            "seconds": quantiles(seconds),
+            "cpu_seconds": quantiles([run.cpu_seconds for run in runs]),
+            "all_seconds": seconds,
+            "baseline": base,
+            "times_faster": base["estimated_seconds"] / statistics.median(seconds),
+        }
+    return report
+
+
+def profile(words: cw.Words, config: Config) -> dict[str, Any]:
+    """Where a training's time goes: by part, without a profiler running, and by operator, under torch's."""
+    text = "\n".join(words.words)
+    timed_training(text, replace(config, steps=3))
+    parts = [_by_part(text, config) for _ in range(7)]
+    best = min(parts, key=lambda part: sum(part.values()))
+    with torch.profiler.profile() as profiler:
+        timed_training(text, config)
+    operators = sorted(profiler.key_averages(), key=lambda row: -row.self_cpu_time_total)
+    total = sum(row.self_cpu_time_total for row in operators)
+    return {
+        "config": asdict(config),
+        "milliseconds": {name: 1000 * seconds for name, seconds in best.items()},
+        "runs": len(parts),
+        "operators": [
+            {
+                "name": row.key,
+                "calls_per_step": row.count / config.steps,
+                "microseconds_per_step": row.self_cpu_time_total / config.steps,
+                "share": row.self_cpu_time_total / total,
+            }
+            for row in operators[:25]
+        ],
+    }
+
+
+def _by_part(text: str, config: Config) -> dict[str, float]:
+    """Seconds of each part of a training in tier "cpu"."""
+    spent = dict.fromkeys(("text and packing", "graph of all contexts", "batches", "gradients", "optimiser"), 0.0)
+    spent["running statistics"] = 0.0
+    last = time.perf_counter()
+
+    def lap(part: str) -> None:
+        nonlocal last
+        now = time.perf_counter()
+        spent[part] += now - last
+        last = now
+
+    words = text.split("\n")
+    vocabulary = cw.Vocabulary.from_words(words)
+    packed = cw.pack(cw.split_words(words).train, vocabulary)
+    lap("text and packing")
+    run = training.begin(config, packed, vocabulary)
+    assert isinstance(run, ClosedFormRun), f"tier: expected cpu, got {config.tier}"
+    with training.few_threads(config, run.net.num_parameters, packed):
+        read = run.reader()
+        lap("graph of all contexts")
+        for i in range(config.steps):
+            batch = read(i)
+            lap("batches")
+            run.form.gradients(batch).item()
+            lap("gradients")
+            run.optimizer.step(run.recipe.rate(i, config.steps))
+            lap("optimiser")
+        run.finish()
+        lap("running statistics")
+    return spent
+
+
+def table(report: dict[str, Any]) -> Table:
+    """What a person reads of a report in which the target was reached."""
+    result = Table(title=f"{report['title']}: {report['provenance']['device']}, tier {report['config']['tier']}")
+    for column in ("", "median", "min", "max"):
+        result.add_column(column)
+    for name, values in (("seconds", report["seconds"]), ("seconds of all cores", report["cpu_seconds"])):
+        result.add_row(name, *(f"{values[key]:.3f}" for key in ("median", "min", "max")))
+    result.add_row("the post's loop, estimated", f"{report['baseline']['estimated_seconds']:.0f}", "", "", style="dim")
+    return result
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--track", choices=TRACKS, default="post")
+    parser.add_argument("--tier", default="auto", help="of `convwave train` (default: auto, the fastest there is)")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--seeds", type=int, default=SEEDS, help=f"at least {SEEDS}")
+    parser.add_argument("--profile", action="store_true", help="where the time goes, instead of the run")
+    parser.add_argument("--out", type=Path, default=RESULTS)
+    args = parser.parse_args()
+    words = cw.load_words()
+    if not words.is_names_txt:
+        print("benchmarks.speedrun: needs the post's names.txt: 'convwave data fetch'", file=sys.stderr)
+        return 2
+    if args.seeds < SEEDS:
+        print(f"benchmarks.speedrun: --seeds: expected at least {SEEDS}, got {args.seeds}", file=sys.stderr)
+        return 2
+    try:
+        config = Config.make(recipe=TRACKS[args.track].recipe, device=args.device, tier=args.tier)
+    except training.UsageError as error:
+        print(f"benchmarks.speedrun: {error}", file=sys.stderr)
+        return 2
+
+    command = f"python -m benchmarks.speedrun --track {args.track}" + (" --profile" if args.profile else "")
+    name = "speedrun" if args.track == "post" else f"speedrun-{args.track}"
+    if config.tier != available_tiers(config.model, config.recipe, config.device)[0]:
+        name, command = f"{name}-{config.tier}", f"{command} --tier {config.tier}"
+    source = provenance(command) | {"device": device_name(config.device)}
+    if args.profile:
+        report = {"provenance": source, **profile(words, config)}
+        name = f"{name}-profile"
+    else:
+        report = {"provenance": source, **speedrun(words, args.track, config, args.seeds)}
+        stderr().print(
+            f"val {report['val_mean']:.4f} ± {report['val_std']:.4f} over {args.seeds} seeds, target "
+            f"{report['target']}, p = {report['p_value']:.2g}"
+        )
+        if not report["reached"]:
+            print("benchmarks.speedrun: the target is missed, so there is no time", file=sys.stderr)
+            return 1
+        stderr().print(table(report))
+    write_atomic(args.out / f"{name}.json", (json.dumps(report, indent=2) + "\n").encode())
+    print(json.dumps(report))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

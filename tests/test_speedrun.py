@@ -1,0 +1,84 @@
+"""The speedrun's rules: what is timed is what `train` does, and what is judged is judged rightly."""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import replace
+
+import pytest
+import torch
+
+import convwave as cw
+from benchmarks import speedrun
+from benchmarks.speedrun import TRACKS, p_value, timed_training
+from convwave.training import Config, train
+
+
+@pytest.mark.parametrize(
+    ("n", "t", "p"),
+    [(20, 2.539483, 0.01), (10, 1.833113, 0.05), (2, 1.0, 0.25), (3, 2.919986, 0.05), (21, 2.527977, 0.01)],
+)
+def test_p_values_are_those_of_the_tables(n: int, t: float, p: float) -> None:
+    values = torch.randn(n, generator=torch.Generator().manual_seed(n), dtype=torch.float64)
+    values = (values - values.mean()) / values.std()  # mean 0, standard deviation 1
+    assert p_value(values.tolist(), t / n**0.5) == pytest.approx(p, rel=1e-5)
+    assert p_value(values.tolist(), -t / n**0.5) == pytest.approx(1 - p, rel=1e-5)
+    assert p_value([1.0] * n, 2.0) == 0
+    assert p_value([1.0] * n, 1.0) == 1
+
+
+@pytest.mark.parametrize("recipe", ["fast", "sprint"])
+def test_the_timed_training_is_train(recipe: str, words: cw.Words) -> None:
+    few = words._replace(words=words.words[:400])
+    config = Config.make(recipe=recipe, steps=5, batch=64)
+    run = timed_training("\n".join(few.words), config)
+    expected = train(config, few).model
+    for name, tensor in run.model.state_dict().items():
+        assert torch.equal(tensor, expected.state_dict()[name]), name
+    assert not run.model.training
+    assert 0 < run.seconds < 60
+
+
+def test_the_tracks_networks_are_admitted() -> None:
+    for track in TRACKS.values():
+        config = Config.make(recipe=track.recipe)
+        model = cw.ConvWave(27, config.n_embd, config.n_hidden, config.levels)
+        assert model.num_parameters <= track.parameters
+    assert cw.ConvWave().num_parameters == TRACKS["post"].parameters == 22_397
+    assert TRACKS["post"].target == 2.0209
+
+
+def test_no_time_where_the_target_is_missed(names_txt: cw.Words, tmp_path, capsys, monkeypatch) -> None:
+    make = Config.make
+    monkeypatch.setattr(Config, "make", lambda *a, **kw: replace(make(*a, **kw), steps=1))
+    monkeypatch.setattr(speedrun, "BLOG_STEPS", 1)
+    monkeypatch.setattr(sys, "argv", ["speedrun", "--out", str(tmp_path)])
+    assert speedrun.main() == 1
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert "the target is missed, so there is no time" in captured.err
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_a_run_writes(names_txt: cw.Words, tmp_path, capsys, monkeypatch) -> None:
+    make = Config.make
+    monkeypatch.setattr(Config, "make", lambda *a, **kw: replace(make(*a, **kw), steps=3))
+    monkeypatch.setattr(speedrun, "BLOG_STEPS", 1)
+    monkeypatch.setitem(TRACKS, "post", TRACKS["post"]._replace(target=4.0))
+    monkeypatch.setattr(sys, "argv", ["speedrun", "--out", str(tmp_path)])
+    assert speedrun.main() == 0
+    report = json.loads((tmp_path / "speedrun.json").read_text())
+    assert report == json.loads(capsys.readouterr().out)
+    assert report["reached"]
+    assert report["seeds"] == list(range(20))
+    assert len(report["losses"]["val"]) == len(report["all_seconds"]) == 20
+    assert report["baseline"]["what"].startswith("estimate: 20 of 3 steps")
+    assert {"device", "versions", "commit", "command"} <= report["provenance"].keys()
+
+
+def test_too_few_seeds_and_unknown_tiers_are_refused(names_txt: cw.Words, capsys, monkeypatch) -> None:
+    for arguments, reason in ((["--seeds", "19"], "expected at least 20, got 19"), (["--tier", "warp"], "tier: ")):
+        monkeypatch.setattr(sys, "argv", ["speedrun", *arguments])
+        assert speedrun.main() == 2
+        assert reason in capsys.readouterr().err
