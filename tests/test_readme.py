@@ -22,6 +22,6 @@ def test_links_lead_somewhere() -> None:
 
 def test_the_library_example_runs(tmp_path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
     monkeypatch.chdir(tmp_path)
-    (code,) = re.findall(r"```python\n(.*?)```", README.read_text(encoding="utf-8"), re.DOTALL)
+    code = "\n".join(re.findall(r"```python\n(.*?)```", README.read_text(encoding="utf-8"), re.DOTALL))
     exec(code, {})
     assert capsys.readouterr().out.startswith("[")
