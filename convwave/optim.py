@@ -7,11 +7,12 @@ this one works in the parameter's own precision and sees a convolution weight (H
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 # The quintic's coefficients, as published with Muon: steep at 0, and close to 1 on (0.7, 1.2) after five steps.
 _QUINTIC = (3.4445, -4.7750, 2.0315)
@@ -28,12 +29,30 @@ def orthogonalize(matrix: Tensor, steps: int = 5) -> Tensor:
     return x if matrix.shape[0] <= matrix.shape[1] else x.T
 
 
+def orthogonalize_together(matrices: Sequence[Tensor], steps: int = 5) -> list[Tensor]:
+    """`orthogonalize` of several matrices side by side: few, batched products instead of many small ones.
+
+    They are filled up with zeros to one shape, which changes nothing: rows and columns of zeros stay zero.
+    """
+    a, b, c = _QUINTIC
+    flat = [m if m.shape[0] <= m.shape[1] else m.T for m in matrices]
+    rows, columns = max(m.shape[0] for m in flat), max(m.shape[1] for m in flat)
+    x = torch.stack([F.pad(m, (0, columns - m.shape[1], 0, rows - m.shape[0])) for m in flat])
+    x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)
+    for _ in range(steps):
+        gram = x @ x.mT
+        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    results = [y[: m.shape[0], : m.shape[1]] for y, m in zip(x, flat, strict=True)]
+    return [y if m.shape[0] <= m.shape[1] else y.T for y, m in zip(results, matrices, strict=True)]
+
+
 class Muon(torch.optim.Optimizer):
     """Momentum, orthogonalised; Nesterov; decoupled weight decay.
 
     Args:
         params: parameters of two or more dimensions, seen as (first, rest).
-        lr: learning rate, multiplied by ``sqrt(max(1, rows / columns))``.
+        lr: learning rate, multiplied by ``sqrt(max(1, rows / columns))``; a scalar tensor where it is to change within
+            a CUDA graph.
         momentum: of the running mean of gradients.
         weight_decay: decoupled: every step multiplies the weights by ``1 - lr * weight_decay``.
         steps: Newton-Schulz steps.
@@ -42,7 +61,7 @@ class Muon(torch.optim.Optimizer):
     def __init__(
         self,
         params: Iterable[Tensor],
-        lr: float = 0.1,
+        lr: float | Tensor = 0.1,
         momentum: float = 0.9,
         weight_decay: float = 0.0,
         steps: int = 5,
@@ -61,15 +80,24 @@ class Muon(torch.optim.Optimizer):
                 result = closure()
         for group in self.param_groups:
             lr, momentum = group["lr"], group["momentum"]
-            for p in group["params"]:
-                if p.grad is None:
-                    continue
+            moved = [p for p in group["params"] if p.grad is not None]
+            averages = []
+            for p in moved:
                 grad = p.grad.flatten(1)
                 state = self.state[p]
                 if not state:
                     state["momentum"] = torch.zeros_like(grad)
                 state["momentum"].lerp_(grad, 1 - momentum)
-                update = orthogonalize(grad.lerp(state["momentum"], momentum), group["steps"])
-                scale = max(1.0, update.shape[0] / update.shape[1]) ** 0.5
-                p.mul_(1 - lr * group["weight_decay"]).sub_(update.reshape(p.shape), alpha=lr * scale)
+                averages.append(grad.lerp(state["momentum"], momentum))
+            if isinstance(lr, Tensor):
+                updates = orthogonalize_together(averages, group["steps"])
+            else:
+                updates = [orthogonalize(average, group["steps"]) for average in averages]
+            for p, update in zip(moved, updates, strict=True):
+                rate = lr * max(1.0, update.shape[0] / update.shape[1]) ** 0.5
+                p.mul_(1 - lr * group["weight_decay"])
+                if isinstance(rate, Tensor):
+                    p.sub_(update.reshape(p.shape) * rate)
+                else:
+                    p.sub_(update.reshape(p.shape), alpha=rate)
         return result

@@ -13,8 +13,8 @@ class Recipe:
     Attributes:
         optimizer: "sgd" is the post's; "muon" is Muon on the convolution matrices and Adam on all else.
         batch_of: "windows" draws single positions with replacement, "names" takes whole names epoch by epoch,
-            "contexts" draws distinct contexts, see `batches.ContextSampler`.
-        batch: windows, names or contexts a step; contexts in the first step.
+            "contexts" draws distinct contexts, see `batches.ContextSampler`, "text" takes all there is, every time.
+        batch: windows, names or contexts a step; contexts in the first step; 1 text.
         growth: of batches of contexts, from the first step to the last.
         context_power: how much more often frequent contexts are drawn.
         lr: of SGD, or of Muon.
@@ -30,7 +30,7 @@ class Recipe:
 
     name: str
     optimizer: Literal["sgd", "muon"]
-    batch_of: Literal["windows", "names", "contexts"]
+    batch_of: Literal["windows", "names", "contexts", "text"]
     steps: int
     batch: int
     lr: float
@@ -109,7 +109,21 @@ SPRINT = Recipe(
 
 SPRINT_WIDE = replace(SPRINT, name="sprint_wide", steps=100, adam_lr=0.03, weight_decay=0.15, n_embd=24, n_hidden=128)
 
-RECIPES = {recipe.name: recipe for recipe in (BLOG, FAST, RECORD, SPRINT, SPRINT_WIDE)}
+FULL = Recipe(
+    "full",
+    "muon",
+    "text",
+    steps=120,
+    batch=1,
+    lr=0.25,
+    adam_lr=0.05,
+    adam_beta=0.8,
+    weight_decay=0.2,
+    momentum=0.9,
+    warmup=0.05,
+)
+
+RECIPES = {recipe.name: recipe for recipe in (BLOG, FAST, RECORD, SPRINT, SPRINT_WIDE, FULL)}
 
 
 @dataclass(frozen=True)

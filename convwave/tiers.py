@@ -8,6 +8,7 @@ a few steps make visible.
 |---|---|---|
 | ``reference`` | `ConvWave`, autograd, `optim.Muon`, torch's AdamW and SGD | everywhere, every recipe |
 | ``cpu`` | `closed_form`: the same step without autograd | recipes that take Muon, on a CPU |
+| ``cuda-graph`` | the fused kernels and both optimisers, a step as one CUDA graph | recipe ``full``, on CUDA |
 """
 
 from __future__ import annotations
@@ -23,12 +24,13 @@ class Tier(NamedTuple):
     Attributes:
         device: type of the device that it runs on, None for any.
         models: names in `training.MODELS`, None for any.
-        optimizers: of `recipes.Recipe`, None for any.
+        optimizers, batches: `optimizer` and `batch_of` of `recipes.Recipe`, None for any.
     """
 
     device: str | None = None
     models: tuple[str, ...] | None = None
     optimizers: tuple[str, ...] | None = None
+    batches: tuple[str, ...] | None = None
 
     def runs(self, model: str, recipe: str, device: str) -> bool:
         """Whether it trains this model by this recipe on this device."""
@@ -36,11 +38,13 @@ class Tier(NamedTuple):
             self.device in (None, device.partition(":")[0])
             and (self.models is None or model in self.models)
             and (self.optimizers is None or RECIPES[recipe].optimizer in self.optimizers)
+            and (self.batches is None or RECIPES[recipe].batch_of in self.batches)
         )
 
 
 # the fastest first
 TIERS = {
+    "cuda-graph": Tier("cuda", ("convwave",), ("muon",), ("text",)),
     "cpu": Tier("cpu", ("convwave",), ("muon",)),
     "reference": Tier(),
 }

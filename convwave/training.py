@@ -39,6 +39,7 @@ from convwave.optim import Muon
 from convwave.recipes import PUBLISHED, RECIPES
 from convwave.tiers import choose_tier
 
+_AT_ONCE = 50  # steps between two looks at the losses, where nobody watches
 STATE_FORMAT = "convwave.state.1"
 STATE_FILE, MODEL_FILE, RESULT_FILE = "state.safetensors", "model.safetensors", "result.json"
 MODELS = ("convwave", *PUBLISHED)
@@ -130,6 +131,8 @@ class Config:
             device=device,
             tier=tier,
         )
+        if batch is not None and chosen.batch_of == "text":
+            raise UsageError(f"batch: recipe {recipe!r} reads the whole text in every step, got {batch}")
         if config.batch < 2 and chosen.batch_of == "windows":
             raise UsageError("batch: expected at least 2 windows, the variance of one is not defined, got 1")
         if config.seed >= 2**63:
@@ -158,6 +161,10 @@ class Run(Protocol):
     def step(self, i: int) -> float:
         """Do step `i`, return its loss."""
 
+    def steps(self, first: int, stop: int) -> list[float]:
+        """Do steps `first` to ``stop - 1``, return their losses."""
+        return [self.step(i) for i in range(first, stop)]
+
     def finish(self) -> ConvWave:
         """The trained network, ready to evaluate."""
 
@@ -171,7 +178,7 @@ class Run(Protocol):
         """Take up what `state` gave."""
 
 
-class WindowedRun:
+class WindowedRun(Run):
     """The post's own loop: random windows, the from-scratch network, plain SGD."""
 
     def __init__(self, config: Config, train: Packed, vocab_size: int) -> None:
@@ -204,7 +211,7 @@ class WindowedRun:
         self.generator.set_state(state["generator"])
 
 
-class ConvolutionRun:
+class ConvolutionRun(Run):
     """The convolution, on whole names, on contexts, or on the post's random windows fed as counts."""
 
     def __init__(self, config: Config, train: Packed, vocabulary: Vocabulary) -> None:
@@ -248,6 +255,8 @@ class ConvolutionRun:
         if self.recipe.batch_of == "windows":
             positions = torch.randint(0, len(self.train), (batch,), generator=self.generator)
             return select_windows(self._all(), positions, self.train.targets.index_select(0, positions))
+        if self.recipe.batch_of == "text":
+            return self._all()
         if self.recipe.batch_of == "contexts":
             rows, scale = self._contexts()(i)
             return select_contexts(self._all(), rows, scale)
@@ -359,7 +368,7 @@ class ClosedFormRun(ConvolutionRun):
             return ContextBatches(self._contexts(), graph, vocab_size)
         if self.recipe.token_noise:
             return lambda i: graph_batch(self._batch(i), vocab_size)
-        if self.config.batch >= self.train.num_words:
+        if self.recipe.batch_of == "text" or self.config.batch >= self.train.num_words:
             full = graph_batch(graph, vocab_size)
             return lambda i: full
         batches = NameBatches(self.train, graph, vocab_size)
@@ -394,6 +403,100 @@ class ClosedFormRun(ConvolutionRun):
         self.form.load(self.net)
         self.optimizer.load(_without_prefix("optimizer", state))
         self.generator.set_state(state["generator"])
+
+
+class GraphedRun(ConvolutionRun):
+    """Tier "cuda-graph": forward, backward, both optimisers and the schedule of a step are one CUDA graph.
+
+    The whole text in every step makes all steps alike: the host replays the graph and reads the losses at the end. On a
+    CPU the same step runs without a graph, for tests.
+    """
+
+    def __init__(self, config: Config, train: Packed, vocabulary: Vocabulary) -> None:
+        super().__init__(config, train, vocabulary)
+        device = torch.device(config.device)
+        rates = [self.recipe.rate(i, config.steps) for i in range(config.steps)]
+        self._rates = torch.tensor(rates, dtype=torch.float32, device=device)
+        self._losses = torch.zeros(config.steps, device=device)
+        self._at = torch.zeros(1, dtype=torch.int64, device=device)  # the step that comes next
+        self._next = 0  # the same, as the host knows it
+        self._replay: Callable[[], None] | None = None
+
+    def _optimizers(self) -> list[torch.optim.Optimizer]:
+        muon, adam = super()._optimizers()
+        for optimizer in (muon, adam):
+            for group in optimizer.param_groups:
+                group["base_lr"] = group["lr"]
+                group["lr"] = torch.tensor(float(group["lr"]), device=self.config.device)
+        for group in adam.param_groups:
+            group["capturable"] = self.config.device.startswith("cuda")
+        return [muon, adam]
+
+    def _step(self) -> None:
+        """One step, without a word to the host."""
+        rate = self._rates.index_select(0, self._at).squeeze(0)
+        for optimizer in self.optimizers:
+            optimizer.zero_grad()
+            for group in optimizer.param_groups:
+                group["lr"].copy_(group["base_lr"] * rate)
+        graph = self._all()
+        loss = functional.loss(self.net(graph), graph)
+        loss.backward()
+        for optimizer in self.optimizers:
+            optimizer.step()
+        self._losses.index_copy_(0, self._at, loss.detach().unsqueeze(0))
+        self._at.add_(1)
+
+    def _captured(self) -> Callable[[], None]:
+        """What replays the step; captured after two steps that are then undone."""
+        if self._replay is None and not self.config.device.startswith("cuda"):
+            self._replay = self._step
+        if self._replay is None:
+            before = [tensor.clone() for tensor in self._tensors()]
+            side = torch.cuda.Stream(self.config.device)
+            side.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(side):
+                for _ in range(2):
+                    self._at.zero_()
+                    self._step()
+            torch.cuda.current_stream().wait_stream(side)
+            after = self._tensors()
+            for tensor, value in zip(after, before, strict=False):
+                tensor.copy_(value)
+            for tensor in after[len(before) :]:  # of optimisers that had not begun
+                tensor.zero_()
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                self._step()
+            self._replay = graph.replay
+        return self._replay
+
+    def _tensors(self) -> list[Tensor]:
+        """All that a step changes; what optimisers keep comes last."""
+        kept = [
+            value
+            for optimizer in self.optimizers
+            for group in optimizer.param_groups
+            for parameter in group["params"]
+            for value in optimizer.state.get(parameter, {}).values()
+        ]
+        return [self._at, self._losses, *self.net.parameters(), *self.net.buffers(), *kept]
+
+    def steps(self, first: int, stop: int) -> list[float]:
+        replay = self._captured()
+        if first != self._next:
+            self._at.fill_(first)
+        for _ in range(first, stop):
+            replay()
+        self._next, self.positions = stop, round(self._all().totals[-1])
+        return self._losses[first:stop].tolist()
+
+    def step(self, i: int) -> float:
+        return self.steps(i, i + 1)[0]
+
+    def restore(self, state: dict[str, Tensor]) -> None:
+        self._replay = None
+        super().restore(state)
 
 
 def recompute_statistics(model: ConvWave, graph: Graph) -> None:
@@ -445,7 +548,8 @@ def begin(config: Config, train: Packed, vocabulary: Vocabulary) -> Run:
     """
     if config.model in PUBLISHED:
         return WindowedRun(config, train, len(vocabulary))
-    return (ClosedFormRun if config.tier == "cpu" else ConvolutionRun)(config, train, vocabulary)
+    runs = {"cpu": ClosedFormRun, "cuda-graph": GraphedRun, "reference": ConvolutionRun}
+    return runs[config.tier](config, train, vocabulary)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -465,10 +569,10 @@ def fit(config: Config, train: Packed, vocabulary: Vocabulary) -> ConvWave:
     """
     run = begin(config, train, vocabulary)
     with few_threads(config, run.model().num_parameters, train):
-        for i in range(config.steps):
-            loss = run.step(i)
-            if not math.isfinite(loss):
-                raise Diverged(f"the loss is {loss} at step {i + 1}")
+        for first in range(0, config.steps, _AT_ONCE):
+            for i, loss in enumerate(run.steps(first, min(first + _AT_ONCE, config.steps)), first + 1):
+                if not math.isfinite(loss):
+                    raise Diverged(f"the loss is {loss} at step {i}")
         return run.finish()
 
 

@@ -408,11 +408,11 @@ def test_the_fastest_tier_is_chosen() -> None:
     assert choose_tier("auto", "mlp3", "blog", "cpu") == choose_tier("reference", "convwave", "fast", "cpu")
     for recipe in RECIPES:
         assert available_tiers("convwave", recipe)[-1] == "reference", "which runs everything"
-    with pytest.raises(ValueError, match="tier: expected auto or one of cpu, reference, got 'warp'"):
+    with pytest.raises(ValueError, match="tier: expected auto or one of cuda-graph, cpu, reference, got 'warp'"):
         choose_tier("warp", "convwave", "fast", "cpu")
     with pytest.raises(ValueError, match="expected one of reference for convwave by recipe blog on cpu, got 'cpu'"):
         choose_tier("cpu", "convwave", "blog", "cpu")
-    assert set(TIERS) >= {"cpu", "reference"}
+    assert list(TIERS) == ["cuda-graph", "cpu", "reference"]
 
 
 def test_the_padding_of_the_vocabulary_is_whole_vectors() -> None:

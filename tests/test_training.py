@@ -312,7 +312,7 @@ def test_schedules() -> None:
 def test_configurations_are_checked() -> None:
     assert Config.make().recipe == "fast"
     assert Config.make("mlp3") == Config.make("mlp3", "blog", steps=200_000, batch=32, seed=42)
-    assert set(RECIPES) == {"blog", "fast", "record", "sprint", "sprint_wide"}
+    assert set(RECIPES) == {"blog", "fast", "record", "sprint", "sprint_wide", "full"}
     assert Config.make().tier == "cpu"
     assert Config.make(recipe="blog").tier == Config.make("mlp3").tier == "reference"
     for arguments, reason in [
