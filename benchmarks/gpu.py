@@ -11,6 +11,7 @@ writes to the folder $OUT (default benchmarks/results/DEVICE/):
     studies.png    the pictures of the studies that are done
     studies.txt    the tables
     report.html    all of it on one page
+    speedrun-cuda.json   the speedrun, where names.txt is there and the target is reached
 
 Whatever stops it, the first four hold what was done until then, and `convwave bench --report` makes the page of them.
 Every study is a process of its own: after a CUDA error nothing more runs in the process that met it.
@@ -30,15 +31,17 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 # what compiles little comes first, so that a short run has seen most of the questions
 ORDER = ("roofline", "ladder", "launches", "context", "train", "sample", "breakeven", "width", "names")
-TESTS = "(gpu or test_kernels) and not aot and not test_bench"  # marked gpu, or on the GPU where there is one
+TESTS = (
+    "(gpu or test_kernels or test_ops) and not aot and not test_bench"  # marked gpu, or on the GPU where there is one
+)
 PARTS = {"width": 4, "ladder": 2}  # of the time, where others have 1
-TESTS_SHARE = 0.25  # of the time, at most
+TESTS_SHARE, SPEEDRUN_SHARE = 0.25, 0.12  # of the time, at most
 NO_TESTS, KILLED = 5, 124  # exit statuses: pytest's when it selected none, and ours after the time was up
 BUDGET_SHARE = 0.8  # of a study's time; the rest is for starting, and for the step that runs when the time is up
 LEAST = 5.0  # seconds that a study is started for
 STARTING, OVERTIME = 15.0, 2.0  # a study is killed after so many seconds and so many times its share
 NEEDED = ("torch", "triton", "numpy", "pytest", "hypothesis", "safetensors", "rich")
-FILES = ("tests.txt", "studies.json", "studies.png", "studies.txt", "report.html")
+FILES = ("tests.txt", "studies.json", "studies.png", "studies.txt", "report.html", "speedrun-cuda.json")
 
 
 def main() -> int:
@@ -69,6 +72,11 @@ def main() -> int:
     tests = run(pytest, out / "tests.txt", environment, TESTS_SHARE * args.seconds)
     outcome = {0: "passed", NO_TESTS: "none selected", KILLED: "cut short, see tests.txt"}.get(tests, "FAILED")
     print(f"tests: {outcome}", flush=True)
+
+    if args.device == "cuda" and not args.quick and data is not None:
+        speedrun = ["-m", "benchmarks.speedrun", "--device", args.device, "--out", str(out)]
+        status = run(speedrun, out / "studies.txt", environment, SPEEDRUN_SHARE * args.seconds)
+        print(f"speedrun: {'done' if status == 0 else 'no time, see studies.txt'}", flush=True)
 
     studies = 0
     for i, name in enumerate(ORDER):
