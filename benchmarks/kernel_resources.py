@@ -254,6 +254,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     args = parser.parse_args(arguments)
     partial = args.target or args.width or args.precision or args.kernel
     widths = [(c, c) for c in args.width] if args.width else WIDTHS
+    source = provenance("python -m benchmarks.kernel_resources")
     rows = []
     for row, launch in plan(args.target or list(TARGETS), widths, args.precision):
         if args.kernel and row["kernel"] not in args.kernel:
@@ -264,8 +265,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(line(row), flush=True)
     out = args.out or (None if partial else RESULTS)
     if out is not None:
-        document = {"provenance": provenance(), "triton": triton.__version__, "rows": rows}
-        out.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+        lines = ",\n".join(json.dumps(row) for row in rows)
+        out.write_text(f'{{"provenance": {json.dumps(source)},\n"rows": [\n{lines}\n]}}\n', encoding="utf-8")
     return 0
 
 
