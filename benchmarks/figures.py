@@ -122,7 +122,7 @@ def evaluate(words: cw.Words, runs: int = 21) -> dict[str, Any]:
     return {
         "positions": len(windows.targets),
         "nodes": {"distinct": prepared.graph.num_nodes, "windowed": 7 * len(windows.targets)},
-        "evaluate_seconds": repeat(lambda: prepared.nll(model).mean(), runs),
+        "evaluate_seconds": repeat(lambda: prepared.losses(model), runs),
         "prepare_from_text_seconds": repeat(lambda: prepare(cw.read_words(path)), runs),
         "windowed_evaluate_seconds": repeat(lambda: reference.split_loss(mlp, windows), 5),
     }

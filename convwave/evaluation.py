@@ -66,10 +66,20 @@ class EvaluationSet:
         self.masks: dict[str, Tensor] = {
             name: mask.repeat_interleave(lengths).to(device) for name, mask in of_words.items()
         }
+        # (splits, pairs) how many positions of a split have a context with a target
+        self._counts = torch.stack(
+            [torch.bincount(self._pair[mask], minlength=pairs.numel()).double() for mask in self.masks.values()]
+        )
+        self._positions: list[int] = self._counts.sum(1).long().tolist()
 
     @torch.no_grad()
     def nll(self, model: ConvWave) -> Tensor:
         """(N,) negative log-likelihood of every packed position's target, in evaluation mode."""
+        return self._of_pairs(model).index_select(0, self._pair)
+
+    @torch.no_grad()
+    def _of_pairs(self, model: ConvWave) -> Tensor:
+        """The same for every different context with every target that it has: 88,331 in names.txt."""
         if self._infer is not None:
             logp = self._infer(model)
         else:
@@ -77,15 +87,12 @@ class EvaluationSet:
             model.eval()
             logp = F.log_softmax(model(self.graph), dim=1)
             model.train(training)
-        # each (context, target) once, then each position: 88,331 far places and 228,146 near ones in names.txt
-        nll = logp.view(-1).index_select(0, self._pair_rows * logp.shape[1] + self._pair_targets).neg_()
-        return nll.index_select(0, self._pair)
+        return logp.view(-1).index_select(0, self._pair_rows * logp.shape[1] + self._pair_targets).neg_()
 
     def losses(self, model: ConvWave) -> dict[str, SplitLoss]:
         """Loss and number of positions of every split."""
-        nll = self.nll(model).double()
-        result = {}
-        for name, mask in self.masks.items():
-            positions = int(mask.sum())
-            result[name] = SplitLoss(float(nll[mask].mean()) if positions else None, positions)
-        return result
+        sums = (self._counts @ self._of_pairs(model).double()).tolist()
+        return {
+            name: SplitLoss(total / positions if positions else None, positions)
+            for name, total, positions in zip(self.masks, sums, self._positions, strict=True)
+        }
