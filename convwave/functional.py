@@ -246,7 +246,12 @@ def loss(logits: Tensor, graph: Graph) -> Tensor:
         raise ValueError(f"logits: expected {graph.num_rows} rows, one per top row of the graph, got {logits.shape[0]}")
     if not graph.totals[-1] > 0:
         raise ValueError("graph: expected at least one window that counts, the counts sum to 0")
-    if graph.target_rows is not None:
-        logits = logits.index_select(0, graph.target_rows)
-    nll = F.cross_entropy(logits, graph.target_ids, reduction="none")
-    return (nll * graph.target_counts.to(nll.dtype)).sum() / graph.totals[-1]
+    if graph.target_rows is None:
+        nll = F.cross_entropy(logits, graph.target_ids, reduction="none")
+        return (nll * graph.target_counts.to(nll.dtype)).sum() / graph.totals[-1]
+    # how often each row is followed by each token: a table, because gathering rows would scatter their gradients, on a
+    # GPU in an order that changes from run to run
+    counts = graph.target_counts.new_zeros(logits.shape)
+    counts.index_put_((graph.target_rows, graph.target_ids), graph.target_counts, accumulate=True)
+    nll = counts.to(logits.dtype) * -F.log_softmax(logits, dim=1)
+    return nll.sum() / graph.totals[-1]

@@ -11,6 +11,7 @@ import functools
 import importlib.util
 import os
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -67,6 +68,11 @@ def runs_kernels(x: Tensor) -> bool:
     return x.dtype != torch.float64 and (x.is_cuda or (x.device.type == "cpu" and _interpreting()))
 
 
+def _on_device_of(x: Tensor) -> AbstractContextManager[Any]:
+    """Triton launches on the current device, whichever its tensors lie on."""
+    return torch.cuda.device(x.device) if x.is_cuda else nullcontext()
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Definitions
 
@@ -99,7 +105,8 @@ def _stack_forward(
     if runs_kernels(x):
         from convwave.kernels import stack
 
-        h, zs, stats = stack.stack_forward(x, weights, gammas, betas, fixed, taps, counts, eps, unbiased, precision)
+        with _on_device_of(x):
+            h, zs, stats = stack.stack_forward(x, weights, gammas, betas, fixed, taps, counts, eps, unbiased, precision)
     else:
         h, zs, stats = eager.stack_forward(x, weights, gammas, betas, fixed, taps, counts, eps, unbiased)
     # an op may not return its own inputs
@@ -119,7 +126,8 @@ def _stack_inference(
     if runs_kernels(x):
         from convwave.kernels import stack
 
-        return stack.stack_inference(x, weights, gammas, betas, fixed, taps, eps, precision)
+        with _on_device_of(x):
+            return stack.stack_inference(x, weights, gammas, betas, fixed, taps, eps, precision)
     return eager.stack_forward(x, weights, gammas, betas, fixed, taps, [], eps, True)[0]
 
 
@@ -144,9 +152,10 @@ def _stack_backward(
         from convwave.kernels import stack
 
         consumers = [Consumers(*c) for c in zip(ranges, orders, most, strict=True)]
-        dx, dweights, dgammas, dbetas = stack.stack_backward(
-            dh, x, weights, betas, zs, stats, taps, counts, training, unbiased, precision, consumers, needs_dx
-        )
+        with _on_device_of(x):
+            dx, dweights, dgammas, dbetas = stack.stack_backward(
+                dh, x, weights, betas, zs, stats, taps, counts, training, unbiased, precision, consumers, needs_dx
+            )
     else:
         dx, dweights, dgammas, dbetas = eager.stack_backward(
             dh, x, weights, betas, zs, stats, taps, counts, training, unbiased

@@ -448,28 +448,37 @@ class GraphedRun(ConvolutionRun):
         self._at.add_(1)
 
     def _captured(self) -> Callable[[], None]:
-        """What replays the step; captured after two steps that are then undone."""
+        """What replays the step."""
         if self._replay is None and not self.config.device.startswith("cuda"):
             self._replay = self._step
         if self._replay is None:
-            before = [tensor.clone() for tensor in self._tensors()]
-            side = torch.cuda.Stream(self.config.device)
-            side.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(side):
-                for _ in range(2):
-                    self._at.zero_()
-                    self._step()
-            torch.cuda.current_stream().wait_stream(side)
+            with torch.cuda.device(self._at.device):
+                self._replay = self._capture()
+        return self._replay
+
+    def _rehearse(self) -> None:
+        """Two steps that leave no trace: kernels are compiled, and what is made on first use is made."""
+        before = [tensor.detach().clone() for tensor in self._tensors()]
+        for _ in range(2):
+            self._at.zero_()
+            self._step()
+        with torch.no_grad():
             after = self._tensors()
             for tensor, value in zip(after, before, strict=False):
                 tensor.copy_(value)
             for tensor in after[len(before) :]:  # of optimisers that had not begun
                 tensor.zero_()
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph):
-                self._step()
-            self._replay = graph.replay
-        return self._replay
+
+    def _capture(self) -> Callable[[], None]:
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            self._rehearse()
+        torch.cuda.current_stream().wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            self._step()
+        return graph.replay
 
     def _tensors(self) -> list[Tensor]:
         """All that a step changes; what optimisers keep comes last."""

@@ -57,6 +57,17 @@ def test_it_resumes_in_the_same_bits(packed: cw.Packed, vocab: cw.Vocabulary) ->
     assert all(torch.equal(a, b) for a, b in zip(second.net.parameters(), whole.net.parameters(), strict=True))
 
 
+@pytest.mark.parametrize("done", [0, 4])
+def test_a_rehearsal_leaves_no_trace(packed: cw.Packed, vocab: cw.Vocabulary, done: int) -> None:
+    """Neither before the first step, when the optimisers have no state yet, nor after some."""
+    rehearsed, plain = (GraphedRun(config(), packed, vocab) for _ in range(2))
+    assert rehearsed.steps(0, done) == plain.steps(0, done)
+    rehearsed._rehearse()
+    assert rehearsed.steps(done, 12) == plain.steps(done, 12)
+    for ours, theirs in zip(rehearsed.net.state_dict().values(), plain.net.state_dict().values(), strict=True):
+        assert torch.equal(ours, theirs)
+
+
 class _Watch(TorchDispatchMode):
     """Refuses what needs an answer from the device, or makes shapes out of values."""
 
