@@ -168,7 +168,7 @@ class Network:
 
             return work._replace(run=run)
 
-        return Competitor(name or kind, make)
+        return Competitor(name or kind, make, captures=not rebuilt)
 
     def graph(self, kind: str) -> cw.Graph:
         build = {"windowed": cw.windowed_graph, "dense": cw.dense_graph, "distinct": cw.distinct_graph}[kind]

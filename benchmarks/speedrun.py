@@ -149,7 +149,7 @@ def speedrun(words: cw.Words, name: str, config: Config, seeds: int) -> dict[str
         piece()
         run = timed_training(text, replace(config, seed=seed))
         runs.append(run)
-        losses.append({split: float(loss.loss or 0) for split, loss in evaluation.losses(run.model).items()})
+        losses.append({split: float(loss.loss or 0) for split, loss in evaluation.losses(run.model.cpu()).items()})
         stderr().print(f"  seed {seed}: val {losses[-1]['val']:.4f}")
     val = [loss["val"] for loss in losses]
     p = p_value(val, track.target)
@@ -276,6 +276,9 @@ def main() -> int:
         print(f"benchmarks.speedrun: {error}", file=sys.stderr)
         return 2
 
+    if args.profile and config.tier != "cpu":
+        print(f"benchmarks.speedrun: --profile: expected tier cpu, got {config.tier}", file=sys.stderr)
+        return 2
     command = f"python -m benchmarks.speedrun --track {args.track}" + (" --profile" if args.profile else "")
     name = "speedrun" if args.track == "post" else f"speedrun-{args.track}"
     if args.device != "cpu":

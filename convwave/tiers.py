@@ -1,8 +1,8 @@
 """Tiers: implementations of one training, from the plainest to the fastest.
 
 Every tier runs the same recipe on the same batches and ends at the same losses, up to the noise between seeds. For a
-given seed, device and tier the weights are the same bits every time; from tier to tier they differ by rounding, which
-a few steps make visible.
+given seed, device and tier the weights are the same bits every time (on a GPU not for batches of contexts, whose
+weights are added up in any order); from tier to tier they differ by rounding, which a few steps make visible.
 
 | tier | what runs | where |
 |---|---|---|

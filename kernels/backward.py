@@ -71,7 +71,7 @@ def gradient_of_z(
     return b_g - b_w[:, None] * (b_center[None, :] + (b_z - b_mean[None, :]) * b_spread[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N"])
 def block_sums_kernel(
     g_ptr,
     z_ptr,
@@ -161,7 +161,7 @@ def collect(
     return b_sum * b_scale[None, :]
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M", "N"])
 def conv_backward_kernel(
     g_ptr,  # (N, H) gradient in front of the level's tanh
     z_ptr,  # (N, H)
@@ -267,7 +267,7 @@ def conv_backward_kernel(
             )  # fmt: skip
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N"])
 def conv_weight_kernel(
     g_ptr,
     z_ptr,

@@ -26,7 +26,7 @@ from .primitives import (
 )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N"])
 def conv_forward_kernel(
     x_ptr,  # (M, C) pre-activations or activations of the level below
     w_ptr,  # (K, H, C)

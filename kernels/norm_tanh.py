@@ -18,7 +18,7 @@ from .configs import elementwise_launch
 from .primitives import MEAN, RSTD, finish_sums, is_last, norm_tanh
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N"])
 def norm_tanh_forward_kernel(
     z_ptr,  # (N, C)
     stats_ptr,  # (5, C)
@@ -39,7 +39,7 @@ def norm_tanh_forward_kernel(
     tl.store(h_ptr + o_z, b_h.to(h_ptr.dtype.element_ty), mask=m_z)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N", "stride_dh"])
 def norm_tanh_backward_kernel(
     dh_ptr,  # (N, C), row stride stride_dh
     z_ptr,  # (N, C)

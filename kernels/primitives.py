@@ -53,7 +53,7 @@ def load_weights(counts_ptr, o_n, m_n, COUNTS: tl.constexpr):
 def merge_statistics(n, b_mean, b_m2, n_new, b_mean_new, b_m2_new):
     """Chan's update: count, means and sums of squared deviations of two sets of rows -> of both."""
     total = n + n_new
-    share = n_new / tl.maximum(total, 1e-30)
+    share = tl.div_rn(n_new, tl.maximum(total, 1e-30))  # exactly 1 for the first
     b_delta = b_mean_new - b_mean
     return total, b_mean + b_delta * share, b_m2 + b_m2_new + b_delta * b_delta * (n * share)
 

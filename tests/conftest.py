@@ -30,6 +30,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(GPU)
 
 
+torch.backends.cudnn.allow_tf32 = False  # nn.Conv1d is compared with in float32, not in TF32
 torch.set_num_threads(1)  # small tensors: two threads are slower than one, and far slower on a busy machine
 
 

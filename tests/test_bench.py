@@ -606,7 +606,8 @@ def test_the_gpu_script_plans_every_study_within_its_time(tmp_path: Path, monkey
     (tmp_path / "studies.txt").write_text("of an earlier run")
     assert gpu.main() == 0
     (pytest_run, _), *studies = runs
-    assert pytest_run[:4] == ["-m", "pytest", "-k", gpu.TESTS]
+    assert pytest_run[-len(gpu.TESTS) :] == [f"tests/{name}.py" for name in gpu.TESTS]
+    assert all((gpu.ROOT / path).is_file() for path in pytest_run[-len(gpu.TESTS) :])
     assert [arguments[3] for arguments, _ in studies] == list(gpu.ORDER)
     assert set(gpu.ORDER) == set(STUDIES)
     assert all(seconds <= 530 for _, seconds in runs)

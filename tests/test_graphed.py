@@ -106,4 +106,4 @@ def test_through_the_front_door(packed: cw.Packed, vocab: cw.Vocabulary) -> None
     graph = cw.distinct_graph(packed).to("cuda")
     with torch.no_grad():
         losses = [float(cw.loss(net(graph), graph)) for net in (first, reference)]
-    assert losses[0] == pytest.approx(losses[1], abs=0.01)
+    assert losses[0] == pytest.approx(losses[1], abs=0.03)  # two histories of rounding

@@ -117,7 +117,7 @@ def test_gradcheck_of_the_op(graph: cw.Graph, training: bool) -> None:
         return ops.stack(x, flat[:3], gammas, flat[6:], stats, graph.taps, graph.weights, [1e-5] * 3, True)[0]
 
     variables = [inputs(graph, torch.float64, True), *p["weights"], *p["gammas"], *p["betas"]]
-    assert torch.autograd.gradcheck(function, variables)
+    assert torch.autograd.gradcheck(function, variables, nondet_tol=1e-12 if DEVICE == "cuda" else 0.0)
 
 
 @needs_triton
@@ -334,9 +334,10 @@ def test_all_layouts_are_one_function(backend: str, padding: str, counted: bool)
         (h * torch.arange(6, device=DEVICE)).sum().backward()
         gradients = [p.grad for p in layer.parameters()]
         results.append([h.detach(), given.grad, *gradients, *layer.buffers()])
+    scattered = backend == "eager" and DEVICE == "cuda"  # PyTorch adds gradients up in any order there
     for other in results[1:]:
         for ours, expected in zip(other, results[0], strict=True):
-            assert torch.equal(ours, expected)
+            torch.testing.assert_close(ours, expected, rtol=1e-6 * scattered, atol=1e-6 * scattered)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
