@@ -54,8 +54,10 @@ def relative_bound(mlp: reference.Sequential, windows: Tensor) -> float:
     """The relative difference that rounding alone can make in float64: 1e-10, more where BatchNorm amplifies it.
 
     A channel of batch variance v is multiplied by ``(v + 1e-5) ** -0.5``: by 316 where all windows are equal. Rounding
-    (2.2e-16, of some 16 sums) grows by that factor at every level, in any order of evaluation.
+    (2.2e-16 for each term of the longest sum, some 16 where sums are short) grows by that factor at every level, in any
+    order of evaluation.
     """
+    terms = max([16, *(layer.weight.shape[0] for layer in mlp.layers if isinstance(layer, reference.Linear))])
     amplification = 1.0
     x = windows
     for layer in mlp.layers:
@@ -66,7 +68,7 @@ def relative_bound(mlp: reference.Sequential, windows: Tensor) -> float:
             x = (x - x.flatten(0, -2).mean(0)) * scale + layer.beta
         else:
             x = layer(x)
-    return max(RELATIVE, 16 * 2.2e-16 * amplification)
+    return max(RELATIVE, terms * 2.2e-16 * amplification)
 
 
 def windowed_pass(
