@@ -16,6 +16,8 @@ assert version is not None
 triton = 'triton>=3.6; sys_platform == "linux" and platform_machine == "x86_64"'
 test = ["pytest>=8", "pytest-benchmark>=4", "hypothesis>=6.100"]
 
+ROOMS = ["cli", "data", "infer", "ops", "runs", "train", "verify"]
+
 setup(
     name="convwave",
     version=version[1],
@@ -24,7 +26,7 @@ setup(
     long_description_content_type="text/markdown",
     license="MIT",
     python_requires=">=3.11",
-    packages=["convwave", "convwave.kernels", "convwave.given_names"],
+    packages=["convwave", *(f"convwave.{room}" for room in ROOMS), "convwave.kernels", "convwave.given_names"],
     package_dir={"convwave": "convwave", "convwave.kernels": "kernels", "convwave.given_names": "data/given_names"},
     package_data={"convwave": ["py.typed"], "convwave.given_names": ["*.txt"]},
     install_requires=["torch>=2.11", "numpy", "safetensors>=0.4", "matplotlib>=3.8", "rich>=13", triton],

@@ -16,9 +16,9 @@ from benchmarks import charts
 from benchmarks.documents import BUNDLE, Document, new_document, noisy_rows, read_documents, write_document
 from benchmarks.harness import TIME_UP, TOO_NOISY, Row, Settings, Unavailable, absent, first_line
 from benchmarks.studies import STUDIES, Plan, Step
-from convwave.checkpoint import write_atomic
-from convwave.console import table
-from convwave.provenance import device_name
+from convwave.cli.console import table
+from convwave.files import write_atomic
+from convwave.runs.registry import device_name
 
 FULL = Settings(rounds=15, least_rounds=4, seconds=12.0)
 QUICK = Settings(rounds=8, least_rounds=4, seconds=1.0, sample_seconds=0.001)

@@ -26,7 +26,7 @@ from torch.nn import functional as F
 import convwave as cw
 from benchmarks.harness import Competitor, Unavailable, Work, first_line
 from convwave import reference
-from convwave.ops import available_backends
+from convwave.ops.library import available_backends
 
 Forward = Callable[[], Tensor]
 Results = Mapping[str, Tensor]

@@ -12,8 +12,8 @@ from typing import Any
 import convwave as cw
 from benchmarks.harness import TOO_NOISY, flags
 from benchmarks.studies import STUDIES, Plan
-from convwave.checkpoint import write_atomic
-from convwave.provenance import device_name, package_version, provenance
+from convwave.files import write_atomic
+from convwave.runs.registry import device_name, package_version, provenance
 
 FORMAT = "convwave.benchmark.1"
 BUNDLE = "studies.json"

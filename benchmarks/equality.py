@@ -20,9 +20,9 @@ from torch.nn import functional as F
 
 import convwave as cw
 from benchmarks.figures import RESULTS
-from convwave.checkpoint import write_atomic
-from convwave.provenance import provenance
-from convwave.training import Config, train
+from convwave.files import write_atomic
+from convwave.runs.registry import provenance
+from convwave.train.loop import Config, train
 
 
 class ZeroPadded(nn.Module):

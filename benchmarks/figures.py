@@ -25,11 +25,13 @@ from typing import Any
 import torch
 
 import convwave as cw
-from convwave import optim, reference, training
-from convwave.checkpoint import write_atomic
-from convwave.console import stderr
-from convwave.provenance import provenance
-from convwave.training import Config, train
+from convwave import reference
+from convwave.cli.console import stderr
+from convwave.files import write_atomic
+from convwave.runs.registry import provenance
+from convwave.train import loop as training
+from convwave.train import optim
+from convwave.train.loop import Config, train
 
 RESULTS = Path(__file__).resolve().parent / "results"
 

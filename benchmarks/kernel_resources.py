@@ -32,8 +32,8 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
-from convwave.graph import Consumers
-from convwave.provenance import provenance
+from convwave.data.graph import Consumers
+from convwave.runs.registry import provenance
 
 RESULTS = Path(__file__).parent / "results/kernel_resources.json"
 WIDTHS = ((10, 68), (68, 68), (24, 27), (128, 128), (256, 256), (512, 512), (1024, 1024))

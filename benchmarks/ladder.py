@@ -21,16 +21,17 @@ from torch import Tensor
 
 from benchmarks.competitors import Stack
 from benchmarks.harness import Competitor, Unavailable, Work
-from convwave import eager
-from convwave.graph import Consumers
-from convwave.ops import available_backends
+from convwave.data.graph import Consumers
+from convwave.ops import fold, naive
+from convwave.ops import stack as twin
+from convwave.ops.library import available_backends
 
 Results = Mapping[str, Tensor]
 
 
 @dataclass(frozen=True)
 class Levels:
-    """Operands of L levels of width C over N rows, see `convwave.eager.stack_forward`."""
+    """Operands of L levels of width C over N rows, see `convwave.ops.stack.stack_forward`."""
 
     x: Tensor
     gradient: Tensor
@@ -56,7 +57,7 @@ class Levels:
             [block.conv.weight.detach() for block in layers],
             [norm.weight.detach() for norm in norms],
             [norm.bias.detach() for norm in norms],
-            [eager.fixed_stats(n.running_mean, n.running_var, n.weight.detach(), n.eps) for n in norms],
+            [fold.fixed_stats(n.running_mean, n.running_var, n.weight.detach(), n.eps) for n in norms],
             list(graph.taps),
             graph.consumers,
             [norm.eps for norm in norms],
@@ -66,12 +67,12 @@ class Levels:
         """In plain PyTorch."""
         fixed = [] if training else self.fixed
         operands = (self.x, self.weights, self.gammas, self.betas, fixed, self.taps)
-        return eager.stack_forward(*operands, [], self.eps, False)
+        return twin.stack_forward(*operands, [], self.eps, False)
 
     def backward(self, zs: list[Tensor], stats: list[Tensor]) -> Results:
         """In plain PyTorch."""
         operands = (self.gradient, self.x, self.weights, self.betas, zs, stats, self.taps)
-        dx, dweights, _, _ = eager.stack_backward(*operands, [], True, False)
+        dx, dweights, _, _ = twin.stack_backward(*operands, [], True, False)
         return _gradients(dx, dweights)
 
 
@@ -94,12 +95,12 @@ def forward(task: Stack) -> tuple[list[Competitor], Results]:
     levels = Levels.of(task)
 
     def unfused() -> Results:
-        from convwave.kernels.norm_tanh import norm_tanh_forward
+        from convwave.kernels.activate import norm_tanh_forward
 
         h = levels.x
         for level in range(len(levels.weights)):
             z = _product(levels, level, h)
-            mean, var, _ = eager.center(z.float(), None, float(z.shape[0]), False)
+            mean, var, _ = level.center(z.float(), None, float(z.shape[0]), False)
             rstd = torch.rsqrt(var + levels.eps[level])
             total = torch.full_like(var, z.shape[0])
             stats = torch.stack([mean, rstd, rstd * levels.gammas[level].float(), var, total])
@@ -107,8 +108,8 @@ def forward(task: Stack) -> tuple[list[Competitor], Results]:
         return {"h": h}
 
     def statistics_fused() -> Results:
+        from convwave.kernels.activate import norm_tanh_forward
         from convwave.kernels.forward import conv_forward
-        from convwave.kernels.norm_tanh import norm_tanh_forward
 
         h = levels.x
         for level, weight in enumerate(levels.weights):
@@ -136,7 +137,7 @@ def evaluation(task: Stack) -> tuple[list[Competitor], Results]:
     levels = Levels.of(task)
 
     def unfused() -> Results:
-        from convwave.kernels.norm_tanh import norm_tanh_forward
+        from convwave.kernels.activate import norm_tanh_forward
 
         h = levels.x
         for level, stats in enumerate(levels.fixed):
@@ -165,9 +166,9 @@ def backward(task: Stack) -> tuple[list[Competitor], Results]:
         _, exact_zs, exact_stats = exact.forward(True)
 
     def separate() -> Results:
+        from convwave.kernels.activate import norm_tanh_backward
         from convwave.kernels.backward import conv_backward
         from convwave.kernels.configs import backward_launch, resolve_precision
-        from convwave.kernels.norm_tanh import norm_tanh_backward
 
         precision = resolve_precision("auto", levels.x.dtype)
         last = len(zs) - 1
@@ -228,7 +229,7 @@ def tiles(task: Stack) -> tuple[list[Competitor], Results]:
         return run
 
     def plain(here: Levels) -> Results:
-        z = eager.gather_conv(here.x, here.weights[0], here.taps[0])
+        z = naive.gather_conv(here.x, here.weights[0], here.taps[0])
         var = z.to(torch.promote_types(z.dtype, torch.float32)).var(0, unbiased=False)
         return {"z": z, "var": var}
 

@@ -17,8 +17,8 @@ from benchmarks.command import cells
 from benchmarks.documents import RESULTS, Document
 from benchmarks.headlines import NOT_MEASURED, device_of, devices, headlines
 from benchmarks.studies import STUDIES
-from convwave.checkpoint import write_atomic
-from convwave.training import UsageError
+from convwave.files import write_atomic
+from convwave.train.loop import UsageError
 
 PAGE = "report.html"
 

@@ -33,13 +33,13 @@ from rich.table import Table
 
 import convwave as cw
 from benchmarks.figures import RESULTS, prepare, quantiles
-from convwave import training
-from convwave.checkpoint import write_atomic
-from convwave.console import stderr
-from convwave.provenance import device_name, provenance
-from convwave.recipes import PUBLISHED
-from convwave.tiers import available_tiers
-from convwave.training import ClosedFormRun, Config
+from convwave.cli.console import stderr
+from convwave.files import write_atomic
+from convwave.runs.registry import device_name, provenance
+from convwave.train import loop as training
+from convwave.train.loop import ClosedFormRun, Config
+from convwave.train.recipes import PUBLISHED
+from convwave.train.tiers import available_tiers
 
 SEEDS, LEVEL = 20, 0.01
 BLOG_STEPS = 500  # of the baseline, between two trainings

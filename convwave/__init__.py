@@ -10,30 +10,37 @@
 >>> loss = cw.loss(logits, graph)
 """
 
+from typing import TYPE_CHECKING
+
+from convwave._lazy import attach
+
 __version__ = "0.1.0"
 
-from convwave import reference
-from convwave.checkpoint import CheckpointError
-from convwave.checkpoint import load_model as load
-from convwave.convert import ConversionError, from_windowed, to_torch, to_windowed
-from convwave.data import (
-    DataError,
-    Packed,
-    Splits,
-    Vocabulary,
-    Words,
-    load_words,
-    pack,
-    pack_ids,
-    read_words,
-    split_words,
-)
-from convwave.evaluation import EvaluationSet
-from convwave.functional import conv_bn_tanh, loss
-from convwave.generation import GenerationCache, sample
-from convwave.graph import Graph, dense_graph, distinct_graph, graph_of_windows, select_windows, windowed_graph
-from convwave.nn import BatchNorm, CausalConv1d, ConvBatchNormTanh, ConvWave
-from convwave.ops import available_backends
+if TYPE_CHECKING:
+    from convwave import nn, reference
+    from convwave.convert import ConversionError, from_windowed, to_torch, to_windowed
+    from convwave.data import (
+        DataError,
+        Graph,
+        Packed,
+        Splits,
+        Vocabulary,
+        Words,
+        dense_graph,
+        distinct_graph,
+        graph_of_windows,
+        load_words,
+        pack,
+        pack_ids,
+        read_words,
+        select_windows,
+        split_words,
+        windowed_graph,
+    )
+    from convwave.files import CheckpointError
+    from convwave.infer import EvaluationSet, GenerationCache, sample
+    from convwave.nn import BatchNorm, CausalConv1d, ConvBatchNormTanh, ConvWave, load
+    from convwave.ops import available_backends, conv_bn_tanh, loss
 
 __all__ = [
     "BatchNorm",
@@ -59,6 +66,7 @@ __all__ = [
     "load",
     "load_words",
     "loss",
+    "nn",
     "pack",
     "pack_ids",
     "read_words",
@@ -70,3 +78,36 @@ __all__ = [
     "to_windowed",
     "windowed_graph",
 ]
+
+__getattr__, __dir__ = attach(
+    __name__,
+    {
+        "convert": ["ConversionError", "from_windowed", "to_torch", "to_windowed"],
+        "data": [
+            "DataError",
+            "Graph",
+            "Packed",
+            "Splits",
+            "Vocabulary",
+            "Words",
+            "dense_graph",
+            "distinct_graph",
+            "graph_of_windows",
+            "load_words",
+            "pack",
+            "pack_ids",
+            "read_words",
+            "select_windows",
+            "split_words",
+            "windowed_graph",
+        ],
+        "files": ["CheckpointError"],
+        "infer": ["EvaluationSet", "GenerationCache", "sample"],
+        "nn": ["BatchNorm", "CausalConv1d", "ConvBatchNormTanh", "ConvWave", "load"],
+        "ops": ["available_backends", "conv_bn_tanh", "loss"],
+        "reference": [],
+        "runs": [],
+        "train": [],
+        "verify": [],
+    },
+)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from convwave import reference
-from convwave.graph import graph_of_windows
+from convwave.data.graph import graph_of_windows
 from convwave.nn import ConvWave
 
 

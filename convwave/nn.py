@@ -13,14 +13,16 @@ from typing import Any, Literal, TypeVar, cast
 import torch
 from torch import Tensor, nn
 
-from convwave import eager, functional
-from convwave.data import Vocabulary
-from convwave.functional import Layout
-from convwave.graph import Graph, Padding
-from convwave.ops import PRECISIONS, choose_backend, runs_kernels
+from convwave.data.graph import Graph, Padding
+from convwave.data.packing import Vocabulary
+from convwave.files import CheckpointError, read_tensors, write_tensors
+from convwave.ops import functional, naive
+from convwave.ops.functional import Layout
+from convwave.ops.library import PRECISIONS, choose_backend, runs_kernels
 
 Statistics = Literal["windows", "positions"]
 _T = TypeVar("_T", int, float)
+MODEL_FORMAT = "convwave.model.1"
 
 
 class CausalConv1d(nn.Module):
@@ -46,14 +48,14 @@ class CausalConv1d(nn.Module):
 
     def forward(self, h: Tensor, taps: Tensor) -> Tensor:
         """(N', C), (k, N) -> (N, H)."""
-        return eager.gather_conv(h, self.weight, taps)
+        return naive.gather_conv(h, self.weight, taps)
 
     def extra_repr(self) -> str:
         return f"{self.in_channels}, {self.out_channels}, kernel_size={self.kernel_size}, dilation={self.dilation}"
 
 
 class BatchNorm(nn.Module):
-    """BatchNorm over rows that carry multiplicities; see `eager.batch_norm`."""
+    """BatchNorm over rows that carry multiplicities; see `naive.batch_norm`."""
 
     running_mean: Tensor
     running_var: Tensor
@@ -68,7 +70,7 @@ class BatchNorm(nn.Module):
 
     def forward(self, z: Tensor, weights: Tensor | None = None, total: float | None = None) -> Tensor:
         """(N, H), (N,) counts or None, their sum or None -> (N, H)."""
-        return eager.batch_norm(
+        return naive.batch_norm(
             z,
             self.weight,
             self.bias,
@@ -334,8 +336,6 @@ class ConvWave(nn.Module):
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write weights, configuration and vocabulary to a safetensors file, atomically."""
-        from convwave.checkpoint import save_model
-
         save_model(self, path)
 
     def extra_repr(self) -> str:
@@ -353,3 +353,36 @@ def _check_precision(precision: str) -> str:
     if precision not in PRECISIONS:
         raise ValueError(f"precision: expected one of {', '.join(PRECISIONS)}, got {precision!r}")
     return precision
+
+
+def save_model(model: ConvWave, path: str | os.PathLike[str]) -> None:
+    """Write a model with its configuration and vocabulary."""
+    vocabulary = None if model.vocabulary is None else "".join(model.vocabulary.symbols)
+    metadata = {
+        "format": MODEL_FORMAT,
+        "config": model.config(),
+        "vocabulary": vocabulary,
+        "data_sha256": model.data_sha256,
+    }
+    write_tensors(path, model.state_dict(), metadata)
+
+
+def load(path: str | os.PathLike[str], backend: str = "auto") -> ConvWave:
+    """Read a model that `save_model` wrote, in evaluation mode, on the CPU, in the precision it was saved in.
+
+    Raises:
+        CheckpointError: the file is missing, damaged, not a convwave model, or holds NaN or infinity.
+    """
+    tensors, metadata = read_tensors(path, MODEL_FORMAT)
+    for name, tensor in tensors.items():
+        if not bool(tensor.isfinite().all()):
+            raise CheckpointError(f"{path}: {name} is not finite")
+    try:
+        symbols = metadata["vocabulary"]
+        vocabulary = None if symbols is None else Vocabulary(symbols)
+        model = ConvWave(**metadata["config"], backend=backend, vocabulary=vocabulary)
+        model.to(tensors["head.weight"].dtype).load_state_dict(tensors)
+        model.data_sha256 = metadata["data_sha256"]
+    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+        raise CheckpointError(f"{path}: does not hold a convwave model: {str(error).splitlines()[0]}") from None
+    return model.eval()

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from convwave.data import Packed
+from convwave.data.packing import Packed
 
 
 class Linear:

@@ -27,7 +27,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from convwave.graph import Consumers
+from convwave.data.graph import Consumers
 
 from .configs import Launch, backward_launch, by_tap, interpreting, weight_launch
 from .primitives import (

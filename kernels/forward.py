@@ -2,11 +2,10 @@
 
     z[n] = sum_j W_j act(x[taps[j, n]]),   act = tanh(batchnorm(.)) or nothing
 
-The definition is `convwave.eager.gather_conv` after `convwave.eager.norm_tanh`, and `convwave.eager.center`. What the
-kernel saves is passes over memory: activations are never written, and the statistics are taken from registers: it reads
-the rows below and writes z, 2 C numbers a row. Every program works through several tiles of rows and merges their
-(count, mean, sum of squared deviations) as it goes; the last program to finish merges those of all, in program order,
-so the result does not depend on who is last.
+The definition is `convwave.ops.naive`. What the kernel saves is passes over memory: activations are never written, and
+the statistics are taken from registers: it reads the rows below and writes z, 2 C numbers a row. Every program works
+through several tiles of rows and merges their (count, mean, sum of squared deviations) as it goes; the last program to
+finish merges those of all, in program order, so the result does not depend on who is last.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Whole stacks: launches of the kernels, level after level, as `eager.stack_forward` and `stack_backward` define them.
+"""Whole stacks: launches of the kernels, level after level, as `twin.stack_forward` and `stack_backward` define them.
 
 Passes over memory, in numbers of C a row: forward 2 for each level and 2 at the top; backward 4 for each, 7 where its
 weight gradient is a kernel of its own, and 3 at the top.
@@ -10,12 +10,12 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from convwave.graph import Consumers, find_consumers
+from convwave.data.graph import Consumers, find_consumers
 
+from .activate import norm_tanh_backward, norm_tanh_forward
 from .backward import conv_backward
 from .configs import resolve_precision
 from .forward import conv_forward
-from .norm_tanh import norm_tanh_backward, norm_tanh_forward
 
 
 def stack_forward(
@@ -30,7 +30,7 @@ def stack_forward(
     unbiased: bool,
     precision: str = "auto",
 ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
-    """See `convwave.eager.stack_forward`; `precision` is that of float32 products."""
+    """See `convwave.ops.stack.stack_forward`; `precision` is that of float32 products."""
     precision = resolve_precision(precision, x.dtype)
     zs: list[Tensor] = []
     stats: list[Tensor] = []
@@ -97,7 +97,7 @@ def stack_backward(
     consumers: Sequence[Consumers] = (),
     needs_dx: bool = True,
 ) -> tuple[Tensor, list[Tensor], list[Tensor], list[Tensor]]:
-    """See `convwave.eager.stack_backward`.
+    """See `convwave.ops.stack.stack_backward`.
 
     Args:
         consumers: who reads each row of the level below, per level; found out from the taps where not given.

@@ -40,7 +40,7 @@ from benchmarks.harness import (
 from benchmarks.report import page, write_report
 from benchmarks.studies import STUDIES, Figure, Plan, Step, Study
 from convwave import cli
-from convwave.console import stderr
+from convwave.cli.console import stderr
 
 HERE = Point("names", "train")
 FAST = Settings(rounds=6, sample_seconds=0.0)  # one call a sample

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import save_file
 
 import convwave as cw
-from convwave.checkpoint import write_atomic
+from convwave.files import write_atomic
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])

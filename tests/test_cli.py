@@ -287,7 +287,7 @@ def test_ctrl_c_saves_and_exits_in_good_order(few: Path, tmp_path: Path) -> None
 
 
 def test_divergence_is_status_1(few: Path, tmp_path: Path, capsys, monkeypatch) -> None:
-    from convwave.training import ClosedFormRun
+    from convwave.train.loop import ClosedFormRun
 
     monkeypatch.setattr(ClosedFormRun, "step", lambda self, i: float("inf"))
     assert cli.main(["train", "--out", str(tmp_path / "r"), "--data", str(few)]) == 1

@@ -8,15 +8,16 @@ import pytest
 import torch
 
 import convwave as cw
-from convwave import closed_form, training
-from convwave.batches import ContextSampler
-from convwave.closed_form import Batch, ClosedForm, ContextBatches, MuonAdam, NameBatches, Parts, graph_batch
-from convwave.graph import select_contexts, select_windows
-from convwave.inference import Inference
-from convwave.optim import Muon
-from convwave.recipes import RECIPES, SPRINT
-from convwave.tiers import TIERS, available_tiers, choose_tier
-from convwave.training import Config, train
+from convwave.data.batches import Batch, ContextBatches, ContextSampler, NameBatches, Parts, graph_batch
+from convwave.data.graph import select_contexts, select_windows
+from convwave.infer.score import Inference
+from convwave.train import closed_form
+from convwave.train import loop as training
+from convwave.train.closed_form import ClosedForm, MuonAdam
+from convwave.train.loop import Config, train
+from convwave.train.optim import Muon
+from convwave.train.recipes import RECIPES, SPRINT
+from convwave.train.tiers import TIERS, available_tiers, choose_tier
 from tests.helpers import GRAPHS, RELATIVE, relative_bound, relative_error, windowed_pass
 
 
@@ -331,7 +332,7 @@ def test_inference_is_the_network(make, factors: tuple[int, ...], packed: cw.Pac
         block.norm.running_mean.normal_(generator=torch.Generator().manual_seed(1))
         block.norm.running_var.uniform_(0.5, 2, generator=torch.Generator().manual_seed(2))
     model.eval()
-    monkeypatch.setattr("convwave.inference._BLOCK", 100)  # several blocks, the last of them smaller
+    monkeypatch.setattr("convwave.infer.score._BLOCK", 100)  # several blocks, the last of them smaller
     graph = make(packed, factors=factors)
     infer = Inference(graph)
     with torch.no_grad():

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import convwave as cw
-from convwave import data
+from convwave.data import words as data
 
 lists_of_words = st.lists(st.text(alphabet="abcéß語ж-' ", max_size=12), max_size=20)
 

@@ -9,8 +9,9 @@ from hypothesis import strategies as st
 from torch import nn
 
 import convwave as cw
-from convwave import eager, reference
-from convwave.training import recompute_statistics
+from convwave import reference
+from convwave.ops import naive
+from convwave.train.loop import recompute_statistics
 from tests.helpers import (
     GRAPHS,
     RELATIVE,
@@ -148,7 +149,7 @@ def test_statistics_of_positions_count_every_row_once(packed: cw.Packed, vocab: 
     assert relative_error(positions(graph).detach(), windows(graph).detach()) > 1e-3
     h = positions.embedding(graph.tokens)
     for block, taps in zip(positions.layers, graph.taps, strict=True):
-        z = eager.gather_conv(h, block.conv.weight, taps)
+        z = naive.gather_conv(h, block.conv.weight, taps)
         h = torch.tanh((z - z.mean(0)) * (z.var(0) + 1e-5).rsqrt())
     assert relative_error(positions.head(h).detach(), positions(graph).detach()) < RELATIVE
 
@@ -161,7 +162,7 @@ def test_both_ways_of_the_product_agree() -> None:
     for rows in (3, 100):
         taps = torch.randint(0, 4, (2, rows), generator=generator)
         expected = h[taps[0]] @ weight[:, :, 0].T + h[taps[1]] @ weight[:, :, 1].T
-        assert relative_error(eager.gather_conv(h, weight, taps), expected) < RELATIVE
+        assert relative_error(naive.gather_conv(h, weight, taps), expected) < RELATIVE
 
 
 @pytest.mark.parametrize("training", [True, False])
@@ -204,8 +205,8 @@ def test_the_closed_form_gradient_is_autograds(unbiased: bool, weighted: bool) -
         if fused:
             h = cw.conv_bn_tanh(x, weight, gamma, beta, mean, var, taps=taps, counts=counts, **options)
         else:
-            z = eager.gather_conv(x, weight, taps)
-            h = eager.batch_norm(z, gamma, beta, mean, var, weights=counts, **options).tanh()
+            z = naive.gather_conv(x, weight, taps)
+            h = naive.batch_norm(z, gamma, beta, mean, var, weights=counts, **options).tanh()
         (h * torch.randn(200, 27, dtype=torch.float64, generator=generator)).sum().backward()
         results.append([h.detach(), mean, var, x.grad, weight.grad, gamma.grad, beta.grad])
     assert all(relative_error(a, b) < RELATIVE for a, b in zip(*results, strict=True))

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 import convwave as cw
 from convwave import reference
-from convwave.generation import GenerationCache, sample_ids
+from convwave.infer.generate import GenerationCache, sample_ids
 from tests.helpers import RELATIVE, randomize, relative_error
 
 VOCAB = cw.Vocabulary(".abcd")

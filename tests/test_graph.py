@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 import convwave as cw
 from convwave import reference
-from convwave.graph import Consumers, dilated_consumers, dilated_taps
+from convwave.data.graph import Consumers, dilated_consumers, dilated_taps
 from tests.helpers import GRAPHS, RELATIVE, per_position, relative_error
 
 some_ids = st.lists(st.lists(st.integers(1, 3), max_size=20), min_size=1, max_size=8)

@@ -9,11 +9,11 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import convwave as cw
-from convwave import training
-from convwave.optim import orthogonalize, orthogonalize_together
-from convwave.recipes import RECIPES
-from convwave.tiers import available_tiers
-from convwave.training import Config, ConvolutionRun, GraphedRun
+from convwave.train import loop as training
+from convwave.train.loop import Config, ConvolutionRun, GraphedRun
+from convwave.train.optim import orthogonalize, orthogonalize_together
+from convwave.train.recipes import RECIPES
+from convwave.train.tiers import available_tiers
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 

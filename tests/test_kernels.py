@@ -20,13 +20,14 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import convwave as cw
-from convwave import eager
-from convwave.graph import Consumers, find_consumers
+from convwave.data.graph import Consumers, find_consumers
+from convwave.ops import fold
+from convwave.ops import stack as twin
 
 triton = pytest.importorskip("triton")
 tl = pytest.importorskip("triton.language")
 
-from convwave.kernels import backward, forward, norm_tanh, stack  # noqa: E402
+from convwave.kernels import activate, backward, forward, stack  # noqa: E402
 from convwave.kernels.configs import Launch, interpreting  # noqa: E402
 from convwave.kernels.primitives import tanh  # noqa: E402
 
@@ -63,7 +64,7 @@ def poison(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     def plain(*size: object, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu") -> Tensor:
         return poisoned(flat(size), dtype, torch.device(device))
 
-    for module in (forward, backward, norm_tanh):
+    for module in (forward, backward, activate):
         monkeypatch.setattr(module.torch, "empty", plain)
         monkeypatch.setattr(module.torch, "empty_like", empty_like)
     monkeypatch.setattr(torch.Tensor, "new_empty", new_empty)
@@ -134,7 +135,7 @@ def problem(
         []
         if training
         else [
-            eager.fixed_stats(normal(h), 0.5 + normal(h) ** 2, g, 1e-5) for (_, h), g in zip(pairs, gammas, strict=True)
+            fold.fixed_stats(normal(h), 0.5 + normal(h) ** 2, g, 1e-5) for (_, h), g in zip(pairs, gammas, strict=True)
         ]
     )
     return Problem(
@@ -171,8 +172,8 @@ def with_kernels(p: Problem, precision: str) -> list[Tensor]:
 
 
 def with_twin(p: Problem) -> list[Tensor]:
-    h, zs, stats = eager.stack_forward(p.x, p.weights, p.gammas, p.betas, p.fixed, p.taps, p.counts, p.eps, p.unbiased)
-    dx, *gradients = eager.stack_backward(
+    h, zs, stats = twin.stack_forward(p.x, p.weights, p.gammas, p.betas, p.fixed, p.taps, p.counts, p.eps, p.unbiased)
+    dx, *gradients = twin.stack_backward(
         p.dh, p.x, p.weights, p.betas, zs, stats, p.taps, p.counts, not p.fixed, p.unbiased
     )
     results = [h, *zs, *(s[:4] for s in stats), dx, *(t for tensors in gradients for t in tensors)]

@@ -17,8 +17,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import convwave as cw
-from convwave import eager, ops
-from convwave.functional import conv_stack
+from convwave.ops import fold, naive
+from convwave.ops import library as ops
+from convwave.ops import stack as twin
+from convwave.ops.functional import conv_stack
 from tests.helpers import disturb
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -54,7 +56,7 @@ def inputs(graph: cw.Graph, dtype: torch.dtype, requires_grad: bool = False) -> 
 def fixed_of(gammas: list[Tensor]) -> list[Tensor]:
     generator = torch.Generator().manual_seed(2)
     draws = [torch.rand(2, g.numel(), generator=generator, dtype=torch.float64).to(DEVICE, g.dtype) for g in gammas]
-    return [eager.fixed_stats(mean, 0.5 + var, g.detach(), 1e-5) for (mean, var), g in zip(draws, gammas, strict=True)]
+    return [fold.fixed_stats(mean, 0.5 + var, g.detach(), 1e-5) for (mean, var), g in zip(draws, gammas, strict=True)]
 
 
 @pytest.fixture(scope="module")
@@ -71,7 +73,7 @@ def graph() -> cw.Graph:
 @pytest.mark.parametrize("unbiased", [True, False])
 @pytest.mark.parametrize("training", [True, False])
 def test_the_twin_is_the_definition(make: object, unbiased: bool, training: bool) -> None:
-    """eager.stack_forward and stack_backward against eager.level and autograd, in float64."""
+    """eager.stack_forward and stack_backward against naive.level and autograd, in float64."""
     packed = cw.pack_ids([[1, 2, 3, 4, 5, 6, 7], [], [1], [2, 1, 2]])
     graph = make(packed, 3, torch.arange(len(packed)) % 3 + 1).to(DEVICE)  # type: ignore[operator]
     x, p = inputs(graph, torch.float64, True), levels(torch.float64, True)
@@ -80,7 +82,7 @@ def test_the_twin_is_the_definition(make: object, unbiased: bool, training: bool
     for level, taps in enumerate(graph.taps):
         weight, gamma, beta = p["weights"][level], p["gammas"][level], p["betas"][level]
         draw = torch.rand(2, gamma.numel(), generator=generator, dtype=torch.float64).to(DEVICE)
-        h = eager.level(
+        h = naive.level(
             h, weight, gamma, beta, draw[0], 0.5 + draw[1], taps=taps, counts=graph.weights[level],
             training=training, unbiased=unbiased,
         )  # fmt: skip
@@ -90,8 +92,8 @@ def test_the_twin_is_the_definition(make: object, unbiased: bool, training: bool
     fixed = [] if training else fixed_of(p["gammas"])
     lists = [[t.detach() for t in p[name]] for name in ("weights", "gammas", "betas")]
     counts = list(graph.weights)
-    ours, zs, stats = eager.stack_forward(x.detach(), *lists, fixed, graph.taps, counts, [1e-5] * 3, unbiased)
-    dx, *gradients = eager.stack_backward(
+    ours, zs, stats = twin.stack_forward(x.detach(), *lists, fixed, graph.taps, counts, [1e-5] * 3, unbiased)
+    dx, *gradients = twin.stack_backward(
         dh, x.detach(), lists[0], lists[2], zs, stats, graph.taps, counts, training, unbiased
     )
     torch.testing.assert_close(ours, h.detach(), rtol=1e-12, atol=1e-12)

@@ -47,27 +47,89 @@ def test_the_library_imports_without_triton_rich_or_matplotlib() -> None:
     assert done.stdout.strip() == "True", done.stderr
 
 
-def test_the_reference_imports_nothing_of_convwave_but_data() -> None:
-    ours = {name for name in imports(ROOT / "convwave/reference.py") if name.startswith("convwave")}
-    assert ours <= {"convwave.data", "convwave.data.Packed"}
+# What each room may import, from the ground up. A room is a file or a folder, whose files may import each other.
+ROOMS = {
+    "_lazy": set(),
+    "files": set(),
+    "data": {"files"},
+    "reference": {"data"},
+    "ops": {"data"},
+    "kernels": {"data"},
+    "nn": {"data", "ops", "files"},
+    "convert": {"reference", "nn", "data"},
+    "infer": {"nn", "ops", "data", "files"},
+    "runs": {"files"},
+    "train": {"files", "data", "reference", "ops", "nn", "convert", "infer", "runs"},
+    "verify": {"files", "data", "reference", "ops", "nn", "convert", "infer", "runs", "train"},
+    "cli": {"files", "data", "reference", "ops", "nn", "convert", "infer", "runs", "train", "verify"},
+}
 
 
-def test_imports_point_downward() -> None:
-    """data < graph < functional < nn < convert, checkpoint < evaluation, generation < training < cli."""
-    order = ["data", "reference", "graph", "eager", "ops", "functional", "nn", "checkpoint", "convert", "optim"]
-    order += ["batches", "closed_form", "inference", "evaluation", "generation", "recipes", "tiers", "plotting"]
-    order += ["training", "verification", "provenance", "console", "cli"]
-    for position, module in enumerate(order):
-        body = ast.parse((ROOT / f"convwave/{module}.py").read_text(encoding="utf-8")).body
-        for node in body:
-            if not isinstance(node, ast.ImportFrom) or not node.module:
+def room(module: str) -> str | None:
+    """The room of a module of ours; None for the face of the whole library."""
+    parts = module.split(".")
+    return None if parts == ["convwave"] else parts[1]
+
+
+def library() -> dict[str, Path]:
+    """Every module of the library and its file."""
+    found = {}
+    for folder, package in (("convwave", "convwave"), ("kernels", "convwave.kernels")):
+        for path in (ROOT / folder).rglob("*.py"):
+            parts = path.relative_to(ROOT / folder).with_suffix("").parts
+            found[".".join((package, *parts)).removesuffix(".__init__")] = path
+    return found
+
+
+def eager_imports(path: Path) -> set[str]:
+    """What a module imports when it is imported: nothing inside functions or under TYPE_CHECKING."""
+    names: set[str] = set()
+    body = list(ast.parse(path.read_text(encoding="utf-8")).body)
+    while body:
+        node = body.pop()
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
+            names |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
+        elif isinstance(node, ast.Try | ast.ClassDef):
+            body += node.body
+        elif isinstance(node, ast.If) and "TYPE_CHECKING" not in ast.unparse(node.test):
+            body += [*node.body, *node.orelse]
+    return names
+
+
+def test_every_room_imports_only_what_lies_below_it() -> None:
+    for module, path in library().items():
+        here = room(module)
+        if here in (None, "__main__"):
+            continue
+        for name in imports(path):
+            if name.split(".")[0] != "convwave" or name == "convwave" or name not in library():
                 continue
-            if node.module == "convwave":
-                names = [alias.name for alias in node.names if alias.name in order]
-            else:
-                names = [node.module.split(".")[1]] if node.module.startswith("convwave.") else []
-            for name in names:
-                assert order.index(name) < position, (module, name)
+            there = room(name)
+            if there == "_lazy" or there == here:
+                continue
+            if (here, there) == ("ops", "kernels"):  # inside functions only
+                assert name not in eager_imports(path), (module, name)
+                continue
+            assert there in ROOMS[here], (module, name)
+
+
+def test_there_is_no_circle() -> None:
+    modules = library()
+    arrows = {
+        module: {name for name in eager_imports(path) if name in modules and name != module}
+        for module, path in modules.items()
+    }
+    while arrows:
+        ground = {module for module, below in arrows.items() if not below & arrows.keys()}
+        assert ground, f"a circle among {sorted(arrows)}"
+        arrows = {module: below for module, below in arrows.items() if module not in ground}
+
+
+def test_nothing_of_the_library_imports_benchmarks_or_tests() -> None:
+    for module, path in library().items():
+        assert not {name.split(".")[0] for name in imports(path)} & {"benchmarks", "tests"}, module
 
 
 def test_public_names_exist_and_are_documented() -> None:

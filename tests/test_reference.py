@@ -8,7 +8,7 @@ from torch import nn
 
 import convwave as cw
 from convwave import reference
-from convwave.recipes import PUBLISHED
+from convwave.train.recipes import PUBLISHED
 
 
 def test_parameter_counts() -> None:

@@ -16,11 +16,11 @@ import torch
 from torch import nn
 
 import convwave as cw
-from convwave import reference, training
-from convwave.checkpoint import CheckpointError, read_tensors, write_tensors
-from convwave.plotting import block_means
-from convwave.recipes import BLOG, FAST, RECIPES, RECORD
-from convwave.training import (
+from convwave import reference
+from convwave.files import CheckpointError, read_tensors, write_tensors
+from convwave.runs.plots import block_means
+from convwave.train import loop as training
+from convwave.train.loop import (
     STATE_FILE,
     STATE_FORMAT,
     ClosedFormRun,
@@ -31,6 +31,7 @@ from convwave.training import (
     UsageError,
     train,
 )
+from convwave.train.recipes import BLOG, FAST, RECIPES, RECORD
 from tests.helpers import relative_error
 
 
@@ -352,7 +353,7 @@ def test_the_record_recipe_fits_its_network() -> None:
 
 def test_muon_makes_a_matrix_orthogonal() -> None:
     """Five steps bring the singular values that are not tiny near (0.65, 1.3), the quintic's range."""
-    from convwave.optim import Muon, orthogonalize
+    from convwave.train.optim import Muon, orthogonalize
 
     generator = torch.Generator().manual_seed(0)
     for shape in [(68, 136), (68, 20), (5, 5), (1, 7)]:

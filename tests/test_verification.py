@@ -9,10 +9,12 @@ import pytest
 import torch
 
 import convwave as cw
-from convwave import cli, eager, verification
-from convwave.generation import GenerationCache
-from convwave.training import Config, train
-from convwave.verification import Arithmetic, Check, verify, weights_sha256
+from convwave import cli
+from convwave.infer.generate import GenerationCache
+from convwave.ops import naive
+from convwave.train.loop import Config, train
+from convwave.verify import certificate as verification
+from convwave.verify.certificate import Arithmetic, Check, verify, weights_sha256
 
 CHECKS = ["logits", "loss", "gradients", "running statistics", "cached generation", "causality", "trajectory"]
 
@@ -103,11 +105,11 @@ def leak(t: int):
     return broken
 
 
-ORIGINAL = eager.gather_conv
+ORIGINAL = naive.gather_conv
 
 
 def test_a_look_into_the_future_is_seen(splits: cw.Splits, vocab: cw.Vocabulary, monkeypatch) -> None:
-    monkeypatch.setattr(eager, "gather_conv", leak(1))
+    monkeypatch.setattr(naive, "gather_conv", leak(1))
     names = failed(run(cw.ConvWave(len(vocab)), splits, vocab))
     assert {"causality, changed token, dense", "causality, planted NaN, dense"} <= names
 
@@ -146,14 +148,14 @@ def test_nan_in_any_tensor_fails(splits: cw.Splits, vocab: cw.Vocabulary, monkey
 
 
 def test_nan_before_the_changed_token_fails(splits: cw.Splits, vocab: cw.Vocabulary, monkeypatch) -> None:
-    original = eager.gather_conv
+    original = naive.gather_conv
     calls = iter(range(10**9))
 
     def sometimes(h, weight, taps, shift=None):
         z = original(h, weight, taps, shift)
         return z * float("nan") if z.shape[1] == 11 and next(calls) > 20 else z
 
-    monkeypatch.setattr(eager, "gather_conv", sometimes)
+    monkeypatch.setattr(naive, "gather_conv", sometimes)
     verifier = verification._Verifier(
         cw.ConvWave(len(vocab), n_hidden=11), splits, vocab, "", torch.device("cpu"), 0, verification.PLAIN
     )
@@ -199,7 +201,7 @@ def test_the_command(few: cw.Words, tmp_path: Path, capsys, monkeypatch) -> None
     assert {"data_sha256", "device", "provenance", "backends"} <= report.keys()
     assert json.loads(certificate.read_text()) == report
 
-    monkeypatch.setattr(eager, "gather_conv", leak(1))
+    monkeypatch.setattr(naive, "gather_conv", leak(1))
     assert cli.main(arguments) == 1
     captured = capsys.readouterr()
     assert json.loads(captured.out.splitlines()[-1])["passed"] is False

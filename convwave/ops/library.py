@@ -17,8 +17,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from convwave import eager
-from convwave.graph import Consumers
+from convwave.data.graph import Consumers
+from convwave.ops import stack as twin
 
 BACKENDS = ("auto", "eager", "triton")
 PRECISIONS = ("auto", "ieee", "tf32x3", "tf32")
@@ -108,7 +108,7 @@ def _stack_forward(
         with _on_device_of(x):
             h, zs, stats = stack.stack_forward(x, weights, gammas, betas, fixed, taps, counts, eps, unbiased, precision)
     else:
-        h, zs, stats = eager.stack_forward(x, weights, gammas, betas, fixed, taps, counts, eps, unbiased)
+        h, zs, stats = twin.stack_forward(x, weights, gammas, betas, fixed, taps, counts, eps, unbiased)
     # an op may not return its own inputs
     return h, zs, [s.clone() for s in stats] if fixed else stats
 
@@ -128,7 +128,7 @@ def _stack_inference(
 
         with _on_device_of(x):
             return stack.stack_inference(x, weights, gammas, betas, fixed, taps, eps, precision)
-    return eager.stack_forward(x, weights, gammas, betas, fixed, taps, [], eps, True)[0]
+    return twin.stack_forward(x, weights, gammas, betas, fixed, taps, [], eps, True)[0]
 
 
 def _stack_backward(
@@ -157,7 +157,7 @@ def _stack_backward(
                 dh, x, weights, betas, zs, stats, taps, counts, training, unbiased, precision, consumers, needs_dx
             )
     else:
-        dx, dweights, dgammas, dbetas = eager.stack_backward(
+        dx, dweights, dgammas, dbetas = twin.stack_backward(
             dh, x, weights, betas, zs, stats, taps, counts, training, unbiased
         )
         dx = dx if needs_dx else x.new_empty(0)
@@ -342,9 +342,9 @@ def stack(
     """L levels through the ops, differentiable in x, weights, gammas and betas.
 
     Args:
-        fixed: statistics (5, H) per level, see `eager.fixed_stats`; none in training mode.
+        fixed: statistics (5, H) per level, see `fold.fixed_stats`; none in training mode.
         consumers: per level; found out in the backward pass where not given.
-        others: see `eager.stack_forward`.
+        others: see `twin.stack_forward`.
 
     Returns:
         (N_L, H_L) activations; statistics (5, H) per level.

@@ -7,13 +7,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from convwave.checkpoint import write_atomic
+from convwave.files import write_atomic
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-    from convwave.training import Result
+    from convwave.train.loop import Result
 
 BLUE, ORANGE, GREY = "#2563eb", "#d97706", "#6b7280"
 

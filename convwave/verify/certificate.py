@@ -25,14 +25,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from convwave import functional, reference
+from convwave import reference
 from convwave.convert import to_windowed
-from convwave.data import Packed, Splits, Vocabulary, pack, pack_ids
-from convwave.generation import GenerationCache
-from convwave.graph import Graph, dense_graph, distinct_graph, select_windows, windowed_graph
+from convwave.data.graph import Graph, dense_graph, distinct_graph, select_windows, windowed_graph
+from convwave.data.packing import Packed, Splits, Vocabulary, pack, pack_ids
+from convwave.infer.generate import GenerationCache
 from convwave.nn import ConvWave
-from convwave.ops import available_backends
-from convwave.training import threads
+from convwave.ops import functional
+from convwave.ops.library import available_backends
+from convwave.train.loop import threads
 
 GRAPHS: dict[str, Callable[..., Graph]] = {
     "windowed": windowed_graph,

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from convwave.recipes import RECIPES
+from convwave.train.recipes import RECIPES
 
 
 class Tier(NamedTuple):

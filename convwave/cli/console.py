@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from convwave.training import Config, Reporter
+from convwave.train.loop import Config, Reporter
 
 
 class _Stderr(Console):

@@ -26,7 +26,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from convwave.data import Packed
+from convwave.data.packing import Packed
 
 Kind = Literal["windowed", "dense", "distinct"]
 Padding = Literal["replicate", "zeros"]

@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from convwave.data import Vocabulary
+from convwave.data.packing import Vocabulary
 from convwave.nn import ConvWave
 
 

@@ -43,8 +43,8 @@ def device_name(device: str = "cpu") -> str:
 
 def commit() -> str | None:
     """The checkout's commit, with "+" when tracked files differ from it; None outside a checkout."""
-    here = Path(__file__).resolve().parent
-    if not (here.parent / "setup.py").is_file():
+    here = Path(__file__).resolve().parents[2]
+    if not (here / "setup.py").is_file():
         return None
     try:
         head = subprocess.run(

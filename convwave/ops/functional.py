@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from convwave import eager, ops
-from convwave.graph import Consumers, Graph, Padding, dilated_consumers, dilated_taps
+from convwave.data.graph import Consumers, Graph, Padding, dilated_consumers, dilated_taps
+from convwave.ops import fold, level, naive
+from convwave.ops import library as ops
 
 Layout = Literal["BTC", "BCT"]
 
@@ -50,7 +51,7 @@ def conv_bn_tanh(
     - (N, C) rows of sequences that lie end to end, with `cu_seqlens` (without: one sequence);
     - (B, T, C) or, with ``layout="BCT"``, (B, C, T) sequences of equal length.
 
-    In training mode the running statistics are moved in place, as in `eager.batch_norm`. With ``padding="zeros"``,
+    In training mode the running statistics are moved in place, as in `naive.batch_norm`. With ``padding="zeros"``,
     ``layout="BCT"`` and ``unbiased=False`` this is left padding, `nn.Conv1d`, `nn.BatchNorm1d` and `nn.Tanh`.
 
     Args:
@@ -107,7 +108,7 @@ def conv_bn_tanh(
         if padding == "zeros":  # -1 is read from a row of zeros
             taps = torch.where(taps < 0, rows.shape[0], taps)
             rows = torch.cat([rows, rows.new_zeros(1, C)])
-        h = eager.level(
+        h = naive.level(
             rows,
             weight,
             *norm,
@@ -213,19 +214,19 @@ def conv_stack(
         (N_L, H_L).
     """
     if training:
-        for level, tap in enumerate(taps):
-            total = totals[level] if totals is not None else None if counts else float(tap.shape[1])
+        for i, tap in enumerate(taps):
+            total = totals[i] if totals is not None else None if counts else float(tap.shape[1])
             if total is not None:
-                eager.variance_divisor(total, unbiased)
+                level.variance_divisor(total, unbiased)
         h, stats = ops.stack(
             x, weights, norm_weights, norm_biases, [], taps, counts, eps, unbiased, precision, consumers
         )
-        for level, (mean, var) in enumerate(zip(running_means, running_vars, strict=True)):
-            s = eager.Stats(*stats[level].detach())
-            eager.track(mean, var, s.mean, s.var, s.total, unbiased, momentum[level])
+        for i, (mean, var) in enumerate(zip(running_means, running_vars, strict=True)):
+            s = level.Stats(*stats[i].detach())
+            level.track(mean, var, s.mean, s.var, s.total, unbiased, momentum[i])
         return h
     norms = zip(running_means, running_vars, norm_weights, eps, strict=True)
-    fixed = [eager.fixed_stats(mean, var, gamma.detach(), e) for mean, var, gamma, e in norms]
+    fixed = [fold.fixed_stats(mean, var, gamma.detach(), e) for mean, var, gamma, e in norms]
     return ops.stack(x, weights, norm_weights, norm_biases, fixed, taps, counts, eps, unbiased, precision, consumers)[0]
 
 

@@ -20,18 +20,17 @@ from typing import Any, NoReturn
 import torch
 
 from convwave import __version__
-from convwave.checkpoint import CheckpointError, load_model, write_atomic
-from convwave.console import ConsoleReporter, number, stderr, table
+from convwave.cli.console import ConsoleReporter, number, stderr, table
 from convwave.convert import ConversionError
-from convwave.data import NAMES_URL, DataError, Vocabulary, Words, fetch_names, load_words, pack, split_words
-from convwave.evaluation import EvaluationSet
-from convwave.generation import sample
-from convwave.nn import ConvWave
-from convwave.ops import available_backends
-from convwave.provenance import device_name, provenance
-from convwave.recipes import PUBLISHED, RECIPES
-from convwave.tiers import TIERS
-from convwave.training import (
+from convwave.data.packing import Vocabulary, pack, split_words
+from convwave.data.words import NAMES_URL, DataError, Words, fetch_names, load_words
+from convwave.files import CheckpointError, write_atomic
+from convwave.infer.generate import sample
+from convwave.infer.score import EvaluationSet
+from convwave.nn import ConvWave, load
+from convwave.ops.library import available_backends
+from convwave.runs.registry import device_name, provenance
+from convwave.train.loop import (
     MODEL_FILE,
     MODELS,
     STATE_FILE,
@@ -43,6 +42,8 @@ from convwave.training import (
     threads,
     train,
 )
+from convwave.train.recipes import PUBLISHED, RECIPES
+from convwave.train.tiers import TIERS
 
 RUNS = Path("runs")
 
@@ -274,7 +275,7 @@ def _sample(args: argparse.Namespace) -> None:
 
 
 def _reproduce(args: argparse.Namespace) -> None:
-    from convwave.plotting import reproduction_plot
+    from convwave.runs.plots import reproduction_plot
 
     if not args.resume and (args.out / "reproduce.json").exists():
         raise UsageError(f"--out: {args.out} holds a reproduction already; pass --resume or choose another directory")
@@ -329,7 +330,7 @@ def _reproduce(args: argparse.Namespace) -> None:
 
 
 def _verify(args: argparse.Namespace) -> int:
-    from convwave.verification import Check, verify, weights_sha256
+    from convwave.verify.certificate import Check, verify, weights_sha256
 
     _check_device(args.device)
     args.out.mkdir(parents=True, exist_ok=True)
@@ -445,7 +446,7 @@ def _bench(args: argparse.Namespace) -> int:
 
 def _find_benchmarks() -> None:
     """Make the checkout's benchmarks/ importable; it is not installed with the library."""
-    root = Path(__file__).resolve().parent.parent
+    root = Path(__file__).resolve().parents[2]
     if not (root / "benchmarks/command.py").is_file():
         raise UsageError("bench: needs a checkout of convwave, benchmarks/ is not installed with the library")
     if str(root) not in sys.path:
@@ -506,7 +507,7 @@ def _load(args: argparse.Namespace) -> tuple[Path, ConvWave]:
         path = found[-1]
     elif path.is_dir():
         path = path / MODEL_FILE
-    return path, load_model(path)
+    return path, load(path)
 
 
 def _vocabulary(model: ConvWave, path: Path) -> Vocabulary:

@@ -12,11 +12,6 @@ import safetensors.torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from convwave.data import Vocabulary
-from convwave.nn import ConvWave
-
-MODEL_FORMAT = "convwave.model.1"
-
 
 class CheckpointError(ValueError):
     """A checkpoint that cannot be used; the message is one line: file and reason."""
@@ -70,36 +65,3 @@ def read_tensors(path: str | os.PathLike[str], expected_format: str) -> tuple[di
         return tensors, {key: json.loads(value) for key, value in text.items()}
     except ValueError:
         raise CheckpointError(f"{path}: its metadata is damaged") from None
-
-
-def save_model(model: ConvWave, path: str | os.PathLike[str]) -> None:
-    """Write a model with its configuration and vocabulary."""
-    vocabulary = None if model.vocabulary is None else "".join(model.vocabulary.symbols)
-    metadata = {
-        "format": MODEL_FORMAT,
-        "config": model.config(),
-        "vocabulary": vocabulary,
-        "data_sha256": model.data_sha256,
-    }
-    write_tensors(path, model.state_dict(), metadata)
-
-
-def load_model(path: str | os.PathLike[str], backend: str = "auto") -> ConvWave:
-    """Read a model that `save_model` wrote, in evaluation mode, on the CPU, in the precision it was saved in.
-
-    Raises:
-        CheckpointError: the file is missing, damaged, not a convwave model, or holds NaN or infinity.
-    """
-    tensors, metadata = read_tensors(path, MODEL_FORMAT)
-    for name, tensor in tensors.items():
-        if not bool(tensor.isfinite().all()):
-            raise CheckpointError(f"{path}: {name} is not finite")
-    try:
-        symbols = metadata["vocabulary"]
-        vocabulary = None if symbols is None else Vocabulary(symbols)
-        model = ConvWave(**metadata["config"], backend=backend, vocabulary=vocabulary)
-        model.to(tensors["head.weight"].dtype).load_state_dict(tensors)
-        model.data_sha256 = metadata["data_sha256"]
-    except (KeyError, TypeError, ValueError, RuntimeError) as error:
-        raise CheckpointError(f"{path}: does not hold a convwave model: {str(error).splitlines()[0]}") from None
-    return model.eval()

@@ -26,18 +26,21 @@ try:
 except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
 
-from convwave import functional, plotting, reference
-from convwave.batches import ContextSampler
-from convwave.checkpoint import CheckpointError, read_tensors, write_atomic, write_tensors
-from convwave.closed_form import Batch, ClosedForm, ContextBatches, MuonAdam, NameBatches, graph_batch
+from convwave import reference
 from convwave.convert import from_windowed, to_windowed
-from convwave.data import Packed, Vocabulary, Words, pack, split_words
-from convwave.evaluation import EvaluationSet, SplitLoss
-from convwave.graph import Graph, distinct_graph, select_contexts, select_windows
+from convwave.data.batches import Batch, ContextBatches, ContextSampler, NameBatches, graph_batch
+from convwave.data.graph import Graph, distinct_graph, select_contexts, select_windows
+from convwave.data.packing import Packed, Vocabulary, pack, split_words
+from convwave.data.words import Words
+from convwave.files import CheckpointError, read_tensors, write_atomic, write_tensors
+from convwave.infer.score import EvaluationSet, SplitLoss
 from convwave.nn import ConvWave
-from convwave.optim import Muon
-from convwave.recipes import PUBLISHED, RECIPES
-from convwave.tiers import choose_tier
+from convwave.ops import functional
+from convwave.runs import plots as plotting
+from convwave.train.closed_form import ClosedForm, MuonAdam
+from convwave.train.optim import Muon
+from convwave.train.recipes import PUBLISHED, RECIPES
+from convwave.train.tiers import choose_tier
 
 _AT_ONCE = 50  # steps between two looks at the losses, where nobody watches
 STATE_FORMAT = "convwave.state.1"

@@ -1,0 +1,33 @@
+"""Public names that are imported when first asked for (PEP 562), so that ``convwave --version`` needs no torch."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from importlib import import_module
+from typing import Any
+
+
+def attach(package: str, homes: Mapping[str, Sequence[str]]) -> tuple[Callable[[str], Any], Callable[[], list[str]]]:
+    """``__getattr__`` and ``__dir__`` of a package.
+
+    Args:
+        package: its ``__name__``.
+        homes: submodules, each with the names that the package hands on from it. A submodule is itself an attribute.
+    """
+    home = {name: module for module, names in homes.items() for name in names}
+
+    def getattr_(name: str) -> Any:
+        if name in home:
+            value = getattr(import_module(f"{package}.{home[name]}"), name)
+        elif name in homes:
+            value = import_module(f"{package}.{name}")
+        else:
+            raise AttributeError(f"module {package!r} has no attribute {name!r}")
+        setattr(sys.modules[package], name, value)
+        return value
+
+    def dir_() -> list[str]:
+        return sorted({*vars(sys.modules[package]), *home, *homes})
+
+    return getattr_, dir_

@@ -1,0 +1,174 @@
+"""Exact losses of a network on the post's split, over the distinct subcontexts of the whole text at once.
+
+`Inference` is `ConvWave` in evaluation mode with the arithmetic of `train.closed_form`: BatchNorm folded into the
+weights, both taps multiplied once for every row below and gathered after, a logistic for the tanh, logits in whole
+vectors. The top level goes through the cache in blocks and leaves nothing but its log-probabilities.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from convwave.data.batches import Parts, padded
+from convwave.data.graph import Graph, distinct_graph
+from convwave.data.packing import Splits, Vocabulary, pack
+from convwave.nn import ConvBatchNormTanh, ConvWave
+from convwave.ops.fold import Buffers, fold_head
+
+_BLOCK = 4096  # rows: 1.1 MB of 68 float32 channels; 2,048 and 16,384 are slower by a tenth
+
+SPLITS = ("train", "val", "novel_val", "test")
+
+
+class SplitLoss(NamedTuple):
+    """Mean cross-entropy in nats over the positions of a split; None where the split has none."""
+
+    loss: float | None
+    positions: int
+
+
+class EvaluationSet:
+    """Everything about a text that evaluating a network on it needs: prepare once, evaluate often.
+
+    Args:
+        splits: the words.
+        vocabulary: of the networks to come.
+        factors: of the networks to come.
+        device: where to evaluate.
+
+    Attributes:
+        graph: of all positions of all splits, over distinct subcontexts.
+        masks: per split, (N,) bool over the packed positions. "novel_val" are the validation words that the training
+            split does not contain.
+    """
+
+    def __init__(
+        self,
+        splits: Splits,
+        vocabulary: Vocabulary,
+        factors: tuple[int, ...],
+        device: torch.device | str = "cpu",
+    ) -> None:
+        packed = pack([*splits.train, *splits.val, *splits.test], vocabulary)
+        self.graph: Graph = distinct_graph(packed, factors=factors).to(device)
+        self.targets = packed.targets.to(device)
+        assert self.graph.inverse is not None
+        vocab_size = len(vocabulary)
+        pairs, self._pair = torch.unique(self.graph.inverse * vocab_size + self.targets, return_inverse=True)
+        self._pair_rows, self._pair_targets = pairs // vocab_size, pairs % vocab_size
+        self._infer = Inference(self.graph) if self.targets.device.type == "cpu" else None
+
+        train = set(splits.train)
+        novel = [word not in train for word in splits.val]
+        start_val, start_test = len(splits.train), len(splits.train) + len(splits.val)
+        of_words = {name: torch.zeros(packed.num_words, dtype=torch.bool) for name in SPLITS}
+        of_words["train"][:start_val] = True
+        of_words["val"][start_val:start_test] = True
+        of_words["novel_val"][start_val:start_test] = torch.tensor(novel, dtype=torch.bool)
+        of_words["test"][start_test:] = True
+        lengths = packed.cu_seqlens.diff()
+        self.masks: dict[str, Tensor] = {
+            name: mask.repeat_interleave(lengths).to(device) for name, mask in of_words.items()
+        }
+        # (splits, pairs) how many positions of a split have a context with a target
+        self._counts = torch.stack(
+            [torch.bincount(self._pair[mask], minlength=pairs.numel()).double() for mask in self.masks.values()]
+        )
+        self._positions: list[int] = self._counts.sum(1).long().tolist()
+
+    @torch.no_grad()
+    def nll(self, model: ConvWave) -> Tensor:
+        """(N,) negative log-likelihood of every packed position's target, in evaluation mode."""
+        return self._of_pairs(model).index_select(0, self._pair)
+
+    @torch.no_grad()
+    def _of_pairs(self, model: ConvWave) -> Tensor:
+        """The same for every different context with every target that it has: 88,331 in names.txt."""
+        if self._infer is not None:
+            logp = self._infer(model)
+        else:
+            training = model.training
+            model.eval()
+            logp = F.log_softmax(model(self.graph), dim=1)
+            model.train(training)
+        return logp.view(-1).index_select(0, self._pair_rows * logp.shape[1] + self._pair_targets).neg_()
+
+    def losses(self, model: ConvWave) -> dict[str, SplitLoss]:
+        """Loss and number of positions of every split."""
+        sums = (self._counts @ self._of_pairs(model).double()).tolist()
+        return {
+            name: SplitLoss(total / positions if positions else None, positions)
+            for name, total, positions in zip(self.masks, sums, self._positions, strict=True)
+        }
+
+
+class Inference:
+    """A graph prepared for evaluating networks on it.
+
+    Args:
+        graph: any graph, on the CPU.
+    """
+
+    def __init__(self, graph: Graph) -> None:
+        self.graph = graph
+        everything = torch.arange(graph.num_rows)
+        parts = Parts(graph, int(graph.tokens.max()) + 1)
+        self._whole = parts.part(everything, graph.weights[-1], graph.totals[-1], graph.weights[-1])
+        self._buffers: dict[torch.dtype, Buffers] = {}
+
+    @torch.no_grad()
+    def __call__(self, model: ConvWave) -> Tensor:
+        """Log-probabilities (graph.num_rows, V') of a network of the graph's factors; columns from V on are no tokens.
+
+        The result is overwritten by the next call.
+
+        Raises:
+            ValueError: the network has other factors.
+        """
+        if model.factors != self.graph.factors:
+            raise ValueError(f"model: expected factors {self.graph.factors}, got {model.factors}")
+        x = model.embedding.weight
+        buffer = self._buffers.setdefault(x.dtype, Buffers(x))
+        columns = padded(model.vocab_size)
+        head_weight, head_bias = x.new_empty(columns, model.widths[-1]), x.new_empty(columns)
+        fold_head(model.head.weight, model.head.bias, head_weight, head_bias)
+        result = buffer("result", self.graph.num_rows, columns)
+        for level, block in enumerate(model.layers):
+            taps, H = self._whole.taps[level], model.widths[level]
+            top = level == self.graph.levels - 1
+            weights, shift = _folded(block, after_a_logistic=level > 0)
+            products = []
+            for j, (begin, end) in enumerate(self._whole.ranges[level]):
+                out = buffer(f"products{j}", end - begin, H)
+                if j == 0:
+                    products.append(torch.addmm(shift, x[begin:end], weights[j], out=out))
+                else:
+                    products.append(torch.mm(x[begin:end], weights[j], out=out))
+            N = taps.shape[1]
+            rows = min(_BLOCK, N) if top else N
+            for start in range(0, N, rows):
+                n = min(rows, N - start)
+                z, scratch = buffer(f"z{level % 2}", n, H), buffer("scratch", n, H)
+                torch.index_select(products[0], 0, taps[0, start : start + n], out=z)
+                for j in range(1, len(products)):
+                    z.add_(torch.index_select(products[j], 0, taps[j, start : start + n], out=scratch))
+                x = z.sigmoid_()
+                if top:
+                    logits = torch.addmm(head_bias, x, head_weight.T, out=buffer("logits", n, columns))
+                    torch.log_softmax(logits, 1, out=result[start : start + n])
+        return result
+
+
+def _folded(block: ConvBatchNormTanh, after_a_logistic: bool) -> tuple[Tensor, Tensor]:
+    """Weights (k, C, H) and the shift (H,) of twice a level's normalised pre-activation."""
+    weight, norm = block.conv.weight.permute(2, 1, 0), block.norm
+    scale = 2 * norm.weight * torch.rsqrt(norm.running_var + norm.eps)
+    shift = 2 * norm.bias - norm.running_mean * scale
+    weight = weight * scale
+    if after_a_logistic:
+        return 2 * weight, shift - weight.sum((0, 1))
+    return weight, shift

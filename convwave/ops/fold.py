@@ -1,0 +1,47 @@
+"""BatchNorm folded into a weight and a shift."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from convwave.ops.level import _wide
+
+_NEVER = 60.0  # how far below the mean of the tokens' logits; e ** -60 is no denormal number, which are slow
+
+
+def fold_head(weight: Tensor, bias: Tensor, out_weight: Tensor, out_bias: Tensor) -> None:
+    """The head as it is applied to logistics, with V' rows: those that are no tokens have probabilities below e^-60.
+
+    Args:
+        weight, bias: (V, H), (V,).
+        out_weight, out_bias: (V', H), (V',) to be written.
+    """
+    V = bias.numel()
+    torch.mul(weight, 2, out=out_weight[:V])
+    torch.sub(bias, weight.sum(1), out=out_bias[:V])
+    out_weight[V:] = out_weight[:V].mean(0)
+    out_bias[V:] = out_bias[:V].mean() - _NEVER
+
+
+class Buffers:
+    """Memory that is kept from step to step, by name."""
+
+    def __init__(self, like: Tensor) -> None:
+        self._like = like
+        self._flat: dict[str, Tensor] = {}
+
+    def __call__(self, name: str, rows: int, columns: int) -> Tensor:
+        """(rows, columns) of whatever was last in the buffer."""
+        size = rows * columns
+        flat = self._flat.get(name)
+        if flat is None or flat.numel() < size:
+            flat = self._flat[name] = self._like.new_empty(size + size // 4)
+        return flat[:size].view(rows, columns)
+
+
+def fixed_stats(mean: Tensor, var: Tensor, gamma: Tensor, eps: float) -> Tensor:
+    """(5, H) statistics of evaluation mode from the running ones; the total is not used and 0."""
+    mean, var = _wide(mean), _wide(var)
+    rstd = torch.rsqrt(var + eps)
+    return torch.stack([mean, rstd, rstd * _wide(gamma), var, torch.zeros_like(var)])
