@@ -63,6 +63,22 @@ def find_consumers(taps: Tensor, rows_below: int, ascending: bool = False, most:
     return Consumers(torch.stack([edges[:, :-1], edges[:, 1:]]), order, most)
 
 
+class Rows(NamedTuple):
+    """The rows of one level: what each reads, and how often it counts.
+
+    Attributes:
+        taps: (k, N) int64 rows of the level below, oldest tap first; -1 stands for a row of zeros, at the bottom only.
+        counts: (N,) how many windows contain each row, for the statistics; None means 1 each.
+        total: their sum where it is known.
+        consumers: the taps the other way round where they are known, for the backward pass.
+    """
+
+    taps: Tensor
+    counts: Tensor | None = None
+    total: float | None = None
+    consumers: Consumers | None = None
+
+
 @dataclass(frozen=True)
 class Graph:
     """Which rows each level computes, and from what.
@@ -130,6 +146,23 @@ class Graph:
             most = {"windowed": 1, "dense": reach + 1, "distinct": 0}[self.kind]
             result.append(find_consumers(taps, rows, self.kind != "distinct", most))
         return tuple(result)
+
+    def rows(self, counted: bool = True, consumers: bool = False) -> tuple[Rows, ...]:
+        """The rows of every level, from the bottom up.
+
+        Args:
+            counted: with their counts; False counts each once.
+            consumers: with who reads them, made on first use.
+        """
+        return tuple(
+            Rows(
+                taps,
+                self.weights[level] if counted else None,
+                self.totals[level] if counted else None,
+                self.consumers[level] if consumers else None,
+            )
+            for level, taps in enumerate(self.taps)
+        )
 
     def to(self, device: torch.device | str) -> Graph:
         """The same graph on another device."""

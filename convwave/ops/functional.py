@@ -1,6 +1,6 @@
 """The layer, the stack and the loss as functions: checked arguments in, the chosen backend behind.
 
-Backends: "eager" is plain PyTorch (`convwave.eager`); "triton" is one op a call (`convwave.ops`), the fused kernels for
+Backends: "eager" is plain PyTorch (`convwave.ops.stack`); "triton" is one op a call (`convwave.ops`), the fused kernels for
 CUDA tensors of float32, bfloat16 and float16 (others are computed in plain PyTorch all the same); "auto" is "triton"
 where there is a CUDA device.
 """
