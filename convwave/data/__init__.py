@@ -1,4 +1,4 @@
-"""The data"s way: words, tokens, evaluation graphs, batches."""
+"""The data's way: words, tokens, evaluation graphs, batches."""
 
 from typing import TYPE_CHECKING
 

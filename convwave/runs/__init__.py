@@ -7,6 +7,15 @@ from convwave._lazy import attach
 if TYPE_CHECKING:
     from convwave.runs.registry import provenance
 
-__all__ = ["provenance",]
+__all__ = [
+    "provenance",
+]
 
-__getattr__, __dir__ = attach(__name__, {"registry": ["provenance",],})
+__getattr__, __dir__ = attach(
+    __name__,
+    {
+        "registry": [
+            "provenance",
+        ],
+    },
+)

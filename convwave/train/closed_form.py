@@ -23,8 +23,13 @@ from torch import Tensor
 from convwave.data.batches import Batch, padded
 from convwave.nn import ConvWave
 from convwave.ops.fold import Buffers, fold_head
-from convwave.ops.level import variance_divisor
+from convwave.ops.level import check_total
 from convwave.train.optim import orthogonalize
+
+
+def variance_divisor(total: float, unbiased: bool) -> float:
+    check_total(total, unbiased)
+    return total - 1 if unbiased else total
 
 
 class ClosedForm:
