@@ -52,7 +52,7 @@ def norm_activate_backward_kernel(
     stats_ptr,  # (5, C)
     beta_ptr,  # (C,)
     g_ptr,  # (N, C)
-    sums_ptr,  # (4, C)
+    sums_ptr,  # (4, C), or (2, C) without TRAINING
     partial_ptr,  # (P, 2, C)
     counter_ptr,  # (tiles of C,) int32 zeros
     N,
@@ -126,7 +126,8 @@ def norm_activate_backward(dh: Tensor, z: Tensor, level: Level, stats: Tensor) -
 
     Returns:
         g: (N, C) gradient in front of the activation, of z's dtype.
-        sums: (4, C) float32: gradients of beta and gamma, and what of them goes back through the mean and the variance.
+        sums: (4, C) float32: gradients of beta and gamma, and what of them goes back through the mean and the variance;
+            (2, C) where the statistics are fixed and nothing does.
     """
     dh = dh if dh.stride(-1) == 1 else dh.contiguous()
     z = z.contiguous()
@@ -135,7 +136,7 @@ def norm_activate_backward(dh: Tensor, z: Tensor, level: Level, stats: Tensor) -
     tiles = triton.cdiv(C, launch.columns)
     programs = launch.programs(triton.cdiv(N, launch.rows), tiles, z.device)
     g = torch.empty_like(z)
-    sums = z.new_empty(4, C, dtype=torch.float32)
+    sums = z.new_empty(4 if level.of_rows else 2, C, dtype=torch.float32)
     activation = ACTIVATIONS[level.activation.name]
     norm_activate_backward_kernel[(programs, tiles)](
         dh,

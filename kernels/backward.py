@@ -179,7 +179,7 @@ def conv_backward_kernel(
     order_ptr,  # (K, N) int64 or None
     blocks_ptr,  # (K, ceil(N / BLOCK), H) or None
     dx_ptr,  # (M, C): gradient in front of the activation below, or of x itself
-    below_sums_ptr,  # (4, C), or None without below; so are the next two
+    below_sums_ptr,  # (4, C), or (2, C) without TRAINING; None without below, as the next two
     partial_ptr,  # (P, 2, C)
     counter_ptr,  # (tiles of C,) int32 zeros
     dw_ptr,  # (P, 2, H, C) float32: the matrices' gradients too, where K = 2, BH >= H and one tile holds C; or None
@@ -321,7 +321,7 @@ class BackwardResult(NamedTuple):
 
     Attributes:
         dx: (M, C) in front of the activation below, or of x itself; None where it was not asked for.
-        sums: (4, C) of the level below; None without one.
+        sums: of the level below, as `norm_activate_backward` returns them; None without one.
         dweight: (H, C, K) float32.
     """
 
@@ -349,7 +349,7 @@ def conv_backward(
     Args:
         g: (N, H) gradient in front of the level's activation.
         z: (N, H) its pre-activations.
-        stats, sums: (5, H) of `conv_forward` and (4, H) of the kernel above.
+        stats, sums: (5, H) of `conv_forward`, and what the kernel above returned.
         level, x, rows, below, precision: as for `conv_forward`; consumers are found where the rows have none.
         needs_dx: False where x is the bottom and nobody asks for its gradient.
         launch: tile sizes other than `backward_launch` chooses.
@@ -389,7 +389,9 @@ def conv_backward(
     tiles = triton.cdiv(C, launch.columns)
     programs = launch.programs(triton.cdiv(M, launch.rows), tiles, device)
     dx = torch.empty(M, C, dtype=x.dtype, device=device)
-    below_sums = x.new_empty(4, C, dtype=torch.float32) if below is not None else None
+    below_sums = None
+    if below is not None:
+        below_sums = x.new_empty(4 if below[0].of_rows else 2, C, dtype=torch.float32)
     partial_dw = x.new_empty(programs, K, H, C, dtype=torch.float32) if fused else None
     activation = ACTIVATIONS[below[0].activation.name] if below is not None else None
     conv_backward_kernel[(programs, tiles)](

@@ -14,7 +14,7 @@ SCALE = tl.constexpr(2)  # rstd * gamma
 VAR = tl.constexpr(3)
 TOTAL = tl.constexpr(4)  # sum of the counts, the same in every channel; 0 where the running ones are taken
 
-# rows of the sums of a level, (4, H) float32; the last two are written where the statistics are those of the rows
+# rows of the sums of a level, (4, H) float32; the last two are there where the statistics are those of the rows
 DBETA = tl.constexpr(0)  # sum g
 DGAMMA = tl.constexpr(1)  # sum g zhat
 CENTER = tl.constexpr(2)  # dbeta / n
@@ -137,7 +137,7 @@ def finish_statistics(
 @triton.jit
 def finish_sums(
     partial_ptr,  # (P, 2, C): sum g, sum g zhat
-    sums_ptr,  # (4, C)
+    sums_ptr,  # (4, C), or (2, C) without TRAINING
     stats_ptr,  # (5, C)
     o_c,
     m_c,
