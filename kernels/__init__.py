@@ -2,9 +2,9 @@
 
 In reading order:
 
-- primitives.py: tanh, merging of statistics, what every kernel does to a row;
-- forward.py: one level: gather, BatchNorm + tanh of the level below on load, product, weighted statistics;
-- activate.py: the end of a stack, BatchNorm + tanh by itself, and the gradient that enters there;
+- primitives.py: activations, merging of statistics, what every kernel does to a row;
+- forward.py: one level: gather, BatchNorm + activation of the level below on load, product, statistics;
+- activate.py: the end of a stack, BatchNorm + activation by itself, and the gradient that enters there;
 - backward.py: one level: gradients of the rows below, of the matrices, and the sums that BatchNorm's gradient needs;
 - stack.py: launches them for a whole stack; what they compute is `convwave.ops.stack`;
 - configs.py: tile sizes by shape.

@@ -59,7 +59,7 @@ def has_wgmma(device: torch.device) -> bool:
 
 
 def resolve_precision(precision: str, dtype: torch.dtype) -> str:
-    """How float32 is multiplied: what "auto" means under torch.set_float32_matmul_precision.
+    """How float32 is multiplied: what "auto" means under torch's settings of TF32, the older ones and the newer.
 
     Raises:
         ValueError: an unknown name.
@@ -70,7 +70,8 @@ def resolve_precision(precision: str, dtype: torch.dtype) -> str:
         return "ieee"  # products of bfloat16 and float16 are exact in float32
     if precision != "auto":
         return precision
-    if torch.get_float32_matmul_precision() != "highest":
+    # the older settings write here too, while reading them raises where the newer ones were used
+    if torch.backends.cuda.matmul.fp32_precision == "tf32":
         return "tf32"
     return "ieee" if torch.version.hip else "tf32x3"
 
@@ -89,6 +90,16 @@ def _vectorised(C: int, dtype: torch.dtype) -> bool:
     return C * dtype.itemsize % 16 == 0
 
 
+def _stages(dtype: torch.dtype, precision: str, device: torch.device) -> int:
+    """What a product with operands in registers may be pipelined to: 1 stage on Hopper, but for tf32x3 and ieee.
+
+    Further stages let triton 3.6.0 and 3.7.0 read shared memory that cp.async filled without a proxy fence, and
+    triton 3.7.1 overwrite the operands of a wgmma in flight. The code of triton 3.9.0 does neither.
+    """
+    one_product = dtype != torch.float32 or precision == "tf32"
+    return 1 if has_wgmma(device) and one_product else 2
+
+
 def forward_launch(C: int, H: int, dtype: torch.dtype, precision: str, device: torch.device) -> Launch:
     """For `conv_forward`: columns up to 128, so that the rows below are read once for H <= 128."""
     columns = _pad(H, 16, 128)
@@ -99,13 +110,14 @@ def forward_launch(C: int, H: int, dtype: torch.dtype, precision: str, device: t
         return Launch(32, min(depth, 16), columns, warps=4)
     if has_wgmma(device) and C >= 512 and H >= 128 and precision != "tf32x3":
         half = dtype != torch.float32
-        return Launch(128, 64 if half else 32, 128, warps=8, stages=2 if half else 3, per_sm=1)
+        return Launch(128, 64 if half else 32, 128, warps=8, stages=1, per_sm=1)
     rows = 64 if _vectorised(C, dtype) or columns == 128 else 32
-    return Launch(rows, depth, columns, warps=8 if columns == 128 else 4)
+    stages = _stages(dtype, precision, device)
+    return Launch(rows, depth, columns, warps=8 if columns == 128 else 4, stages=stages)
 
 
 def elementwise_launch(C: int) -> Launch:
-    """For `norm_tanh_forward` and `norm_tanh_backward`: 4,096 numbers a tile."""
+    """For `norm_activate_forward` and `norm_activate_backward`: 4,096 numbers a tile."""
     columns = _pad(C, 16, 128)
     return Launch(64 if interpreting() else 4096 // columns, 0, columns, per_sm=4)
 
@@ -137,11 +149,12 @@ def backward_launch(C: int, H: int, K: int, dtype: torch.dtype, precision: str, 
     return Launch(rows, depth, columns, warps=8 if columns == 128 and multiplied != "ieee" else 4)
 
 
-def weight_launch(C: int, H: int, dtype: torch.dtype, precision: str) -> Launch:
+def weight_launch(C: int, H: int, dtype: torch.dtype, precision: str, device: torch.device) -> Launch:
     """For `conv_weight_kernel`: tiles of ``depth`` channels H by ``columns`` channels C."""
     if interpreting():
         return Launch(64, _pad(H, 16, 64), _pad(C, 16, 128))
     if dtype == torch.float32 and precision == "ieee":
         return Launch(16, _pad(H, 16, 64), _pad(C, 16, 64))
     columns, depth = _pad(C, 16, 128), _pad(H, 16, 64)
-    return Launch(32, depth, columns, warps=8 if depth * columns > 64 * 64 else 4)
+    stages = _stages(dtype, precision, device)
+    return Launch(32, depth, columns, warps=8 if depth * columns > 64 * 64 else 4, stages=stages)

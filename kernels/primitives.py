@@ -1,6 +1,8 @@
-"""What the kernels share: tanh, BatchNorm on load, merging of statistics and of sums."""
+"""What the kernels share: activations, BatchNorm on load, merging of statistics and of sums."""
 
 from __future__ import annotations
+
+from typing import Any, NamedTuple
 
 import triton
 import triton.language as tl
@@ -10,13 +12,13 @@ MEAN = tl.constexpr(0)
 RSTD = tl.constexpr(1)
 SCALE = tl.constexpr(2)  # rstd * gamma
 VAR = tl.constexpr(3)
-TOTAL = tl.constexpr(4)  # sum of the weights, the same in every channel
+TOTAL = tl.constexpr(4)  # sum of the counts, the same in every channel; 0 where the running ones are taken
 
-# rows of the sums of a level, (4, H) float32
+# rows of the sums of a level, (4, H) float32; the last two are there where the statistics are those of the rows
 DBETA = tl.constexpr(0)  # sum g
 DGAMMA = tl.constexpr(1)  # sum g zhat
-CENTER = tl.constexpr(2)  # dbeta / n, 0 in evaluation mode
-SPREAD = tl.constexpr(3)  # dgamma rstd / (n - 1 or n), 0 in evaluation mode
+CENTER = tl.constexpr(2)  # dbeta / n
+SPREAD = tl.constexpr(3)  # dgamma rstd / (n - 1 or n)
 
 
 @triton.jit
@@ -31,18 +33,39 @@ def tanh(x):
 
 
 @triton.jit
-def norm_tanh(b_x, stats_ptr, beta_ptr, o_c, m_c, C):
-    """[B, BC] pre-activations -> activations."""
-    b_mean = tl.load(stats_ptr + MEAN * C + o_c, mask=m_c, other=0)
-    b_scale = tl.load(stats_ptr + SCALE * C + o_c, mask=m_c, other=0)
-    b_beta = tl.load(beta_ptr + o_c, mask=m_c, other=0).to(tl.float32)
-    return tanh((b_x - b_mean[None, :]) * b_scale[None, :] + b_beta[None, :])
+def tanh_gradient(b_da, b_y, b_a):
+    """Gradient of a = tanh(y) -> gradient of y."""
+    return b_da * (1 - b_a * b_a)
+
+
+class Functions(NamedTuple):
+    """An activation of one part as jit functions of float32 tiles, which kernels take as constants.
+
+    Attributes:
+        value: y -> a.
+        gradient: (da, y, a) -> dy.
+    """
+
+    value: Any
+    gradient: Any
+
+
+ACTIVATIONS = {"tanh": Functions(tanh, tanh_gradient)}  # by the name that `convwave.ops.level.Activation` has
 
 
 @triton.jit
-def load_weights(counts_ptr, o_n, m_n, COUNTS: tl.constexpr):
-    """[B] float32: how many windows contain each row; 0 for rows that are not there."""
-    if COUNTS:
+def norm(b_x, stats_ptr, beta_ptr, o_c, m_c, C):
+    """[B, BC] float32 pre-activations -> normalised ones."""
+    b_mean = tl.load(stats_ptr + MEAN * C + o_c, mask=m_c, other=0)
+    b_scale = tl.load(stats_ptr + SCALE * C + o_c, mask=m_c, other=0)
+    b_beta = tl.load(beta_ptr + o_c, mask=m_c, other=0).to(tl.float32)
+    return (b_x - b_mean[None, :]) * b_scale[None, :] + b_beta[None, :]
+
+
+@triton.jit
+def load_counts(counts_ptr, o_n, m_n):
+    """[B] float32: how many windows contain each row, 1 without counts; 0 for rows that are not there."""
+    if counts_ptr is not None:
         b_w = tl.load(counts_ptr + o_n, mask=m_n, other=0).to(tl.float32)
     else:
         b_w = tl.where(m_n, 1.0, 0.0)
@@ -114,7 +137,7 @@ def finish_statistics(
 @triton.jit
 def finish_sums(
     partial_ptr,  # (P, 2, C): sum g, sum g zhat
-    sums_ptr,  # (4, C)
+    sums_ptr,  # (4, C), or (2, C) without TRAINING
     stats_ptr,  # (5, C)
     o_c,
     m_c,
@@ -145,6 +168,3 @@ def finish_sums(
             divisor = n
         tl.store(sums_ptr + CENTER * C + o_c, b_dbeta / n, mask=m_c)
         tl.store(sums_ptr + SPREAD * C + o_c, b_dgamma * b_rstd / divisor, mask=m_c)
-    else:
-        tl.store(sums_ptr + CENTER * C + o_c, tl.zeros([BC], dtype=tl.float32), mask=m_c)
-        tl.store(sums_ptr + SPREAD * C + o_c, tl.zeros([BC], dtype=tl.float32), mask=m_c)

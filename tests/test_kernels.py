@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import itertools
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import pytest
@@ -20,14 +20,14 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import convwave as cw
-from convwave.data.graph import Consumers, find_consumers
-from convwave.ops import fold
+from convwave.data.graph import Consumers, Rows, find_consumers
 from convwave.ops import stack as twin
+from convwave.ops.level import Level
 
 triton = pytest.importorskip("triton")
 tl = pytest.importorskip("triton.language")
 
-from convwave.kernels import activate, backward, forward, stack  # noqa: E402
+from convwave.kernels import activate, backward, configs, forward, stack  # noqa: E402
 from convwave.kernels.configs import Launch, interpreting  # noqa: E402
 from convwave.kernels.primitives import tanh  # noqa: E402
 
@@ -52,17 +52,17 @@ def poison(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         inside.fill_(float("nan") if dtype.is_floating_point else 123)
         return inside.view(shape)
 
-    def flat(size: tuple[object, ...]) -> tuple[int, ...]:
+    def sizes(size: tuple[object, ...]) -> tuple[int, ...]:
         return tuple(size[0]) if len(size) == 1 and isinstance(size[0], (tuple, list)) else size  # type: ignore[return-value, arg-type]
 
     def new_empty(self: Tensor, *size: object, dtype: torch.dtype | None = None, **_: object) -> Tensor:
-        return poisoned(flat(size), dtype or self.dtype, self.device)
+        return poisoned(sizes(size), dtype or self.dtype, self.device)
 
     def empty_like(other: Tensor, **_: object) -> Tensor:
         return poisoned(other.shape, other.dtype, other.device)
 
     def plain(*size: object, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu") -> Tensor:
-        return poisoned(flat(size), dtype, torch.device(device))
+        return poisoned(sizes(size), dtype, torch.device(device))
 
     for module in (forward, backward, activate):
         monkeypatch.setattr(module.torch, "empty", plain)
@@ -85,29 +85,32 @@ def in_nan(tensor: Tensor) -> Tensor:
 
 @dataclass
 class Problem:
-    """A stack with inputs; `x`, `dh` and parameters in the storage precision."""
+    """A stack with inputs; `x`, `dh` and parameters in the storage precision, running statistics in float32."""
 
     x: Tensor
-    weights: list[Tensor]
-    gammas: list[Tensor]
-    betas: list[Tensor]
-    taps: list[Tensor]
-    counts: list[Tensor]
+    levels: list[Level]
+    rows: list[Rows]
     dh: Tensor
-    fixed: list[Tensor]
-    consumers: Sequence[Consumers]
-    unbiased: bool
-    eps: list[float]
 
-    def floats(self, dtype: torch.dtype) -> Problem:
-        def cast(tensors: list[Tensor]) -> list[Tensor]:
-            return [t.to(dtype) for t in tensors]
+    def mapped(self, change: Callable[[Tensor], Tensor]) -> Problem:
+        """With every tensor changed."""
+
+        def tensors(noun: Level | Rows) -> dict[str, Tensor]:
+            return {name: change(value) for name, value in noun._asdict().items() if isinstance(value, Tensor)}
 
         return Problem(
-            self.x.to(dtype), cast(self.weights), cast(self.gammas), cast(self.betas), self.taps, self.counts,
-            self.dh.to(dtype), [f.double() if dtype == torch.float64 else f for f in self.fixed], (), self.unbiased,
-            self.eps,
-        )  # fmt: skip
+            change(self.x),
+            [level._replace(**tensors(level)) for level in self.levels],
+            [rows._replace(**tensors(rows)) for rows in self.rows],
+            change(self.dh),
+        )
+
+    def double(self) -> Problem:
+        return self.mapped(lambda tensor: tensor.double() if tensor.is_floating_point() else tensor)
+
+
+EPS = (1e-5, 0.1, 0.01)
+ONE_EACH = (True, True, True)
 
 
 def problem(
@@ -116,68 +119,62 @@ def problem(
     widths: Sequence[int],
     *,
     counts: Sequence[Tensor] | None = None,
-    training: bool = True,
-    unbiased: bool = True,
+    training: Sequence[bool] = ONE_EACH,
+    unbiased: Sequence[bool] = (True, False, True),
     dtype: torch.dtype = torch.float32,
     consumers: Sequence[Consumers] = (),
     seed: int = 0,
     offset: float = 0.0,
 ) -> Problem:
+    """Levels differ in every value; `training` and `unbiased` are given from the bottom up."""
     generator = torch.Generator().manual_seed(seed)
 
     def normal(*shape: int) -> Tensor:
-        return torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype).to(DEVICE)
+        return torch.randn(shape, generator=generator, dtype=torch.float64).to(DEVICE)
 
-    pairs = list(itertools.pairwise(widths))
-    weights = [in_nan(normal(h, c, tap.shape[0]) * c**-0.5) for tap, (c, h) in zip(taps, pairs, strict=True)]
-    gammas = [in_nan(1 + 0.3 * normal(h)) for _, h in pairs]
-    fixed = (
-        []
-        if training
-        else [
-            fold.fixed_stats(normal(h), 0.5 + normal(h) ** 2, g, 1e-5) for (_, h), g in zip(pairs, gammas, strict=True)
-        ]
-    )
-    return Problem(
-        in_nan(normal(rows_below, widths[0]) + offset),
-        weights,
-        gammas,
-        [in_nan(normal(h)) for _, h in pairs],
-        [in_nan(tap.to(DEVICE)) for tap in taps],
-        [in_nan(c.to(DEVICE)) for c in counts] if counts is not None else [],
-        in_nan(normal(taps[-1].shape[1], widths[-1])),
-        fixed,
-        consumers,
-        unbiased,
-        [1e-5] * len(pairs),
-    )  # fmt: skip
+    levels, rows = [], []
+    for i, (c, h) in enumerate(itertools.pairwise(widths)):
+        levels.append(
+            Level(
+                in_nan((normal(h, c, taps[i].shape[0]) * c**-0.5).to(dtype)),
+                in_nan((1 + 0.3 * normal(h)).to(dtype)),
+                in_nan(normal(h).to(dtype)),
+                in_nan(normal(h).float()),
+                in_nan((0.5 + normal(h) ** 2).float()),
+                eps=EPS[i],
+                training=training[i],
+                unbiased=unbiased[i],
+            )
+        )
+        its_counts = in_nan(counts[i].to(DEVICE)) if counts is not None else None
+        rows.append(Rows(in_nan(taps[i].to(DEVICE)), its_counts, consumers=consumers[i] if consumers else None))
+    x, dh = normal(rows_below, widths[0]) + offset, normal(taps[-1].shape[1], widths[-1])
+    return Problem(in_nan(x.to(dtype)), levels, rows, in_nan(dh.to(dtype)))
 
 
 def of_graph(graph: cw.Graph, widths: Sequence[int], **options: object) -> Problem:
-    given = {"consumers": graph.to(DEVICE).consumers, "counts": graph.weights, **options}
+    rows = graph.to(DEVICE).rows(consumers=True)
+    given = {"consumers": [r.consumers for r in rows], "counts": [r.counts for r in rows], **options}
     return problem(graph.taps, graph.tokens.numel(), widths, **given)  # type: ignore[arg-type]
 
 
-def with_kernels(p: Problem, precision: str) -> list[Tensor]:
-    h, zs, stats = stack.stack_forward(
-        p.x, p.weights, p.gammas, p.betas, p.fixed, p.taps, p.counts, p.eps, p.unbiased, precision
-    )
-    dx, *gradients = stack.stack_backward(
-        p.dh, p.x, p.weights, p.betas, zs, stats, p.taps, p.counts, not p.fixed, p.unbiased, precision, p.consumers
-    )
-    results = [h, *zs, *(s[:4] for s in stats), dx, *(t for tensors in gradients for t in tensors)]
-    if p.fixed:
-        results.append(stack.stack_inference(p.x, p.weights, p.gammas, p.betas, p.fixed, p.taps, p.eps, precision))
+def flat(h: Tensor, zs: list[Tensor], stats: list[Tensor], backward: tuple[Tensor, list[Tensor]]) -> list[Tensor]:
+    dx, *gradients = backward
+    return [h, *zs, *(s[:4] for s in stats), dx, *(t for tensors in gradients for t in tensors)]
+
+
+def with_kernels(p: Problem, precision: str = "ieee") -> list[Tensor]:
+    h, zs, stats = stack.stack_forward(p.x, p.levels, p.rows, precision)
+    results = flat(h, zs, stats, stack.stack_backward(p.dh, p.x, p.levels, zs, stats, p.rows, precision))
+    if not any(level.of_rows for level in p.levels):
+        results.append(stack.stack_inference(p.x, p.levels, p.rows, precision))
     return results
 
 
 def with_twin(p: Problem) -> list[Tensor]:
-    h, zs, stats = twin.stack_forward(p.x, p.weights, p.gammas, p.betas, p.fixed, p.taps, p.counts, p.eps, p.unbiased)
-    dx, *gradients = twin.stack_backward(
-        p.dh, p.x, p.weights, p.betas, zs, stats, p.taps, p.counts, not p.fixed, p.unbiased
-    )
-    results = [h, *zs, *(s[:4] for s in stats), dx, *(t for tensors in gradients for t in tensors)]
-    return [*results, h] if p.fixed else results
+    h, zs, stats = twin.stack_forward(p.x, p.levels, p.rows)
+    results = flat(h, zs, stats, twin.stack_backward(p.dh, p.x, p.levels, zs, stats, p.rows))
+    return results if any(level.of_rows for level in p.levels) else [*results, h]
 
 
 UNIT = {torch.float32: 2.0**-24, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}
@@ -185,8 +182,10 @@ UNIT = {torch.float32: 2.0**-24, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-1
 
 def check(p: Problem, precision: str = "ieee", results: int | None = None) -> None:
     """Kernels err at most four times as much as the twin in the same precision does; both against float64."""
-    truth, plain, got = with_twin(p.floats(torch.float64)), with_twin(p), with_kernels(p, precision)
-    longest = max(p.x.shape[0], *(tap.shape[1] for tap in p.taps), *(w[0].numel() for w in p.weights))
+    truth, plain, got = with_twin(p.double()), with_twin(p), with_kernels(p, precision)
+    longest = max(
+        p.x.shape[0], *(rows.taps.shape[1] for rows in p.rows), *(level.weight[0].numel() for level in p.levels)
+    )
     independent = UNIT[p.x.dtype] * longest**0.5
     for index, (ours, theirs, expected) in list(enumerate(zip(got, plain, truth, strict=True)))[:results]:
         assert ours.shape == expected.shape
@@ -230,10 +229,24 @@ def test_tanh_is_within_three_units_in_the_last_place() -> None:
 
 @pytest.mark.parametrize("precision", PRECISIONS)
 @pytest.mark.parametrize("make", [cw.dense_graph, cw.distinct_graph, cw.windowed_graph])
-@pytest.mark.parametrize(("training", "unbiased"), [(True, True), (True, False), (False, True)])
+@pytest.mark.parametrize(
+    ("training", "unbiased"),
+    [
+        ((True, True, True), (True, False, True)),
+        ((True, False, True), (False, True, False)),
+        ((False, True, False), (False, True, False)),
+        ((False, False, False), (True, True, True)),
+    ],
+)
 def test_a_stack_on_real_names(
-    make: object, precision: str, training: bool, unbiased: bool, some_words: list[str], vocab: cw.Vocabulary
+    make: object,
+    precision: str,
+    training: tuple[bool, ...],
+    unbiased: tuple[bool, ...],
+    some_words: list[str],
+    vocab: cw.Vocabulary,
 ) -> None:
+    """A level's statistics are those of its own mode, whatever the modes of those around it."""
     packed = cw.pack([*some_words[:24], "a", ""], vocab)
     graph = make(packed, 3, random_counts(packed))  # type: ignore[operator]
     check(of_graph(graph, [10, 68, 27, 24], training=training, unbiased=unbiased), precision)
@@ -253,14 +266,14 @@ def test_numbers_of_rows(rows: int, counted: bool) -> None:
     taps = torch.randint(0, 17, (2, rows), generator=generator)
     counts = [torch.randint(1, 5, (rows,), generator=generator)] if counted else None
     # two rows are equally far from their mean: their gradients cancel, and what is left is rounding
-    check(problem([taps], 17, [11, 19], counts=counts, training=rows > 2))
+    check(problem([taps], 17, [11, 19], counts=counts, training=[rows > 2]))
 
 
 def test_one_row() -> None:
     """One row has no unbiased variance: the biased one is 0, and in evaluation mode it does not matter."""
     taps = torch.tensor([[0], [1]])
-    check(problem([taps], 2, [5, 7], unbiased=False))
-    check(problem([taps], 2, [5, 7], training=False))
+    check(problem([taps], 2, [5, 7], unbiased=[False]))
+    check(problem([taps], 2, [5, 7], training=[False]))
 
 
 @pytest.mark.parametrize("taps", [1, 3, 4])
@@ -272,7 +285,7 @@ def test_other_numbers_of_taps(taps: int) -> None:
 @pytest.mark.parametrize("length", range(0, 41, 4))
 def test_sequences_of_every_length(length: int) -> None:
     packed = words_of([length, length + 1, length + 2, length + 3])
-    check(of_graph(cw.dense_graph(packed, 2, random_counts(packed)), [6, 9, 7]))
+    check(of_graph(cw.dense_graph(packed, 2, random_counts(packed)), [6, 9, 7], seed=length))
 
 
 @settings(max_examples=15)
@@ -291,7 +304,7 @@ def test_random_graphs(rows: list[int], taps: int, width: int, seed: int) -> Non
         c[0] += 3
     widths = torch.randint(1, width + 1, (len(rows),), generator=generator).tolist()
     # few rows of few channels may all but agree, which amplifies rounding: evaluation mode has no such case
-    check(problem(levels, rows[0], widths, counts=counts, training=False, seed=seed % 1000))
+    check(problem(levels, rows[0], widths, counts=counts, training=[False] * 3, seed=seed % 1000))
 
 
 def test_rows_of_zeros_stand_before_a_sequence() -> None:
@@ -348,7 +361,7 @@ def test_results_repeat_to_the_last_bit() -> None:
 def test_gradients_of_any_strides() -> None:
     packed = words_of([3, 9, 0, 14])
     p = of_graph(cw.dense_graph(packed, 1, random_counts(packed)), [20, 40])
-    h, zs, stats = stack.stack_forward(p.x, p.weights, p.gammas, p.betas, [], p.taps, p.counts, p.eps, True, "ieee")
+    h, zs, stats = stack.stack_forward(p.x, p.levels, p.rows, "ieee")
     for dh in (
         torch.ones((), device=DEVICE).expand(h.shape),  # what sum().backward() hands over
         torch.randn(1, h.shape[1], device=DEVICE).expand(h.shape),
@@ -357,19 +370,111 @@ def test_gradients_of_any_strides() -> None:
     ):
         results = []
         for given_dh in (dh, dh.clone(memory_format=torch.contiguous_format)):
-            dx, *gradients = stack.stack_backward(
-                given_dh, p.x, p.weights, p.betas, zs, stats, p.taps, p.counts, True, True, "ieee", p.consumers
-            )
-            results.append([dx, *(t for tensors in gradients for t in tensors)])
+            results.append(flat(h, [], [], stack.stack_backward(given_dh, p.x, p.levels, zs, stats, p.rows, "ieee")))
         for ours, expected in zip(*results, strict=True):
             assert torch.equal(ours, expected)
+
+
+def every_second(tensor: Tensor) -> Tensor:
+    """The same values with an impossible one behind each."""
+    filling = float("nan") if tensor.is_floating_point() else 2**40
+    return torch.stack([tensor, torch.full_like(tensor, filling)], -1)[..., 0]
+
+
+def column_by_column(tensor: Tensor) -> Tensor:
+    """The same values, neighbours of the first dimension side by side."""
+    return every_second(tensor.movedim(0, -1).contiguous()).movedim(-1, 0)
+
+
+def first_of_all(tensor: Tensor) -> Tensor:
+    """One value in every place, expanded."""
+    return tensor.flatten()[:1].view([1] * tensor.dim()).expand(tensor.shape)
+
+
+@pytest.mark.parametrize("training", [(True, True), (False, True), (False, False)])
+@pytest.mark.parametrize("view", [every_second, column_by_column])
+def test_tensors_of_any_strides(view: Callable[[Tensor], Tensor], training: tuple[bool, ...]) -> None:
+    """Columns of a table, transposed matrices: kernels read the values of the view."""
+    packed = words_of([3, 9, 0, 14])
+    p = of_graph(cw.dense_graph(packed, 2, random_counts(packed)), [12, 20, 9], training=training)
+    for ours, expected in zip(with_kernels(p.mapped(view)), with_kernels(p), strict=True):
+        assert torch.equal(ours, expected)
+
+
+@pytest.mark.parametrize("field", ["gamma", "beta", "running_mean", "running_var", "weight", "counts"])
+def test_expanded_tensors(field: str) -> None:
+    packed = words_of([3, 9, 0, 14])
+    p = of_graph(cw.dense_graph(packed, 2, random_counts(packed)), [12, 20, 9], training=(field == "counts", False))
+
+    def changed(change: Callable[[Tensor], Tensor]) -> list[Tensor]:
+        levels = [v._replace(**{field: change(getattr(v, field))}) if hasattr(v, field) else v for v in p.levels]
+        rows = [v._replace(**{field: change(getattr(v, field))}) if hasattr(v, field) else v for v in p.rows]
+        return with_kernels(Problem(p.x, levels, rows, p.dh))
+
+    for ours, expected in zip(changed(first_of_all), changed(lambda t: first_of_all(t).clone()), strict=True):
+        assert torch.equal(ours, expected)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_a_row_that_counts_0_times_does_not_matter_whatever_it_holds(value: float) -> None:
+    generator = torch.Generator().manual_seed(0)
+    taps = torch.randint(0, 16, (2, 90), generator=generator)
+    taps[0, 70] = 16
+    counts = torch.randint(0, 4, (90,), generator=generator)
+    counts[70] = 0
+    p = problem([taps], 17, [11, 19], counts=[counts])
+    dirty = p.x.clone()
+    dirty[16] = value
+    (h, (z,), (stats,)), (dirty_h, (dirty_z,), (dirty_stats,)) = (
+        stack.stack_forward(x, p.levels, p.rows, "ieee") for x in (p.x, dirty)
+    )
+    assert not dirty_z[70].isfinite().any()
+    assert torch.equal(dirty_stats, stats)
+    kept = torch.arange(90, device=DEVICE) != 70
+    assert torch.equal(dirty_h[kept], h[kept])
+
+    g, sums = activate.norm_activate_backward(p.dh, z, p.levels[0], stats)
+    clean, ours = (
+        backward.conv_backward(g, some_z, p.levels[0], stats, sums, p.x, p.rows[0]) for some_z in (z, dirty_z)
+    )
+    assert ours.dx is not None
+    assert clean.dx is not None
+    assert torch.equal(ours.dx, clean.dx)
+    assert torch.equal(ours.dweight, clean.dweight)
+
+
+def test_more_programs_than_are_merged_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Partial results are merged 16 at a time; among them are tiles whose rows all count 0 times."""
+    tile = Launch(16, 32, 32)
+    monkeypatch.setattr(configs, "multiprocessors", lambda device: 40)
+    monkeypatch.setattr(forward, "forward_launch", lambda *_: tile)
+    monkeypatch.setattr(backward, "backward_launch", lambda *_: tile)
+    monkeypatch.setattr(backward, "weight_launch", lambda *_: tile)
+    monkeypatch.setattr(activate, "elementwise_launch", lambda *_: tile)
+    generator = torch.Generator().manual_seed(0)
+    rows = [290, 300, 310]
+    taps = [torch.randint(0, below, (2, above), generator=generator) for below, above in itertools.pairwise(rows)]
+    counts = [torch.randint(0, 3, (tap.shape[1],), generator=generator) for tap in taps]
+    for c in counts:
+        c[:16] = c[64:96] = c[288:] = 0
+    check(problem(taps, rows[0], [7, 9, 11], counts=counts))
+
+
+def test_where_nothing_is_tracked_the_statistics_are_those_of_the_rows() -> None:
+    packed = words_of([3, 9, 0, 14])
+    p = of_graph(cw.dense_graph(packed, 2), [12, 20, 9])
+    levels = [level._replace(training=False, running_mean=None, running_var=None) for level in p.levels]
+    for ours, expected in zip(with_kernels(Problem(p.x, levels, p.rows, p.dh)), with_kernels(p), strict=True):
+        assert torch.equal(ours, expected)
+    with pytest.raises(ValueError, match="levels: expected running statistics"):
+        stack.stack_inference(p.x, levels, p.rows)
 
 
 def test_no_gradient_of_x_where_nobody_asks() -> None:
     packed = words_of([3, 9])
     p = of_graph(cw.dense_graph(packed, 2), [20, 40, 30])
-    _, zs, stats = stack.stack_forward(p.x, p.weights, p.gammas, p.betas, [], p.taps, p.counts, p.eps, True, "ieee")
-    args = (p.dh, p.x, p.weights, p.betas, zs, stats, p.taps, p.counts, True, True, "ieee", p.consumers)
+    _, zs, stats = stack.stack_forward(p.x, p.levels, p.rows, "ieee")
+    args = (p.dh, p.x, p.levels, zs, stats, p.rows, "ieee")
     dx, *with_dx = stack.stack_backward(*args)
     none, *without = stack.stack_backward(*args, needs_dx=False)
     assert none.numel() == 0
@@ -397,10 +502,45 @@ def test_precision_names() -> None:
         stack.resolve_precision("tf16", torch.float32)
     assert stack.resolve_precision("auto", torch.bfloat16) == "ieee"
     assert stack.resolve_precision("tf32", torch.float32) == "tf32"
-    before = torch.get_float32_matmul_precision()
+
+
+@pytest.mark.parametrize(
+    ("setting", "expected"),
+    [
+        ("set_float32_matmul_precision('highest')", "tf32x3"),
+        ("set_float32_matmul_precision('high')", "tf32"),
+        ("set_float32_matmul_precision('medium')", "tf32"),
+        ("backends.cuda.matmul.allow_tf32 = True", "tf32"),
+        ("backends.cuda.matmul.fp32_precision = 'tf32'", "tf32"),
+        ("backends.cuda.matmul.fp32_precision = 'ieee'", "tf32x3"),
+        ("backends.fp32_precision = 'tf32'", "tf32"),
+        ("backends.fp32_precision = 'ieee'", "tf32x3"),
+        ("backends.fp32_precision = 'tf32'; torch.backends.cuda.matmul.fp32_precision = 'ieee'", "tf32x3"),
+    ],
+)
+def test_auto_is_what_torch_was_set_to(setting: str, expected: str) -> None:
+    """Its older settings and its newer ones, each of which torch refuses to read once the other was used."""
+    matmul, everything = torch.backends.cuda.matmul, torch.backends
+    before = matmul.fp32_precision, everything.fp32_precision
     try:
-        for setting, expected in (("highest", "tf32x3"), ("high", "tf32")):
-            torch.set_float32_matmul_precision(setting)
-            assert stack.resolve_precision("auto", torch.float32) == expected
+        exec(f"torch.{setting}")
+        assert stack.resolve_precision("auto", torch.float32) == expected
     finally:
-        torch.set_float32_matmul_precision(before)
+        torch.set_float32_matmul_precision("highest")
+        matmul.fp32_precision, everything.fp32_precision = before
+    assert torch.get_float32_matmul_precision() == "highest"
+
+
+def test_one_stage_where_more_are_a_hazard(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On Hopper, products of one matrix instruction: see `configs._stages`."""
+    monkeypatch.setattr(configs, "interpreting", lambda: False)
+    device = torch.device("cpu")
+    for hopper in (True, False):
+        monkeypatch.setattr(configs, "has_wgmma", lambda device, hopper=hopper: hopper)
+        for width, (dtype, precision) in itertools.product(
+            (10, 68, 128, 512),
+            [(torch.bfloat16, "ieee"), (torch.float16, "ieee"), (torch.float32, "tf32"), (torch.float32, "tf32x3")],
+        ):
+            stages = 1 if hopper and precision != "tf32x3" else 2
+            assert configs.forward_launch(width, width, dtype, precision, device).stages == stages
+            assert configs.weight_launch(width, width, dtype, precision, device).stages == stages
