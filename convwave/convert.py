@@ -169,9 +169,11 @@ def _copy_into(parts: _Parts, model: ConvWave) -> None:
 
 
 def _vectors(ours: nn.Module, theirs: reference.BatchNorm1d | nn.BatchNorm1d) -> list[tuple[Tensor, Tensor]]:
-    """The (H,) tensors of a BatchNorm of the convolution, each with its counterpart."""
+    """The tensors of a BatchNorm of the convolution, each with its counterpart."""
     names = ["weight", "bias", "running_mean", "running_var"]
     other = ["gamma", "beta", *names[2:]] if isinstance(theirs, reference.BatchNorm1d) else names
+    if not isinstance(theirs, reference.BatchNorm1d):
+        names, other = [*names, "num_batches_tracked"], [*other, "num_batches_tracked"]
     return [(getattr(ours, a), getattr(theirs, b)) for a, b in zip(names, other, strict=True)]
 
 

@@ -44,6 +44,8 @@ def disturb(module: Module, seed: int) -> Module:
     """The same for a module of the library."""
     generator = torch.Generator().manual_seed(seed)
     for name, tensor in module.state_dict().items():
+        if not tensor.is_floating_point():
+            continue
         draw = torch.rand(tensor.shape, generator=generator)
         tensor.mul_(0.5 + draw) if name.endswith("var") else tensor.add_(draw - 0.5)
     return module

@@ -10,17 +10,18 @@ import importlib.util
 import itertools
 import subprocess
 import sys
+from collections.abc import Sequence
 
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.utils import prune
 
 import convwave as cw
-from convwave.ops import fold, naive
-from convwave.ops import library as ops
-from convwave.ops import stack as twin
-from convwave.ops.functional import conv_stack
+from convwave.data.graph import Rows
+from convwave.ops import conv_stack, library, naive
+from convwave.ops.level import Level
 from tests.helpers import disturb
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -32,19 +33,48 @@ SINGLE = 2e-5  # two roundings of sums of some hundred terms, through three leve
 WIDTHS = [10, 12, 9, 7]
 
 
-def levels(dtype: torch.dtype, requires_grad: bool = False, seed: int = 0) -> dict[str, list[Tensor]]:
-    generator = torch.Generator().manual_seed(seed)
+def levels(
+    dtype: torch.dtype, requires_grad: bool = False, training: object = True, unbiased: object = True
+) -> list[Level]:
+    """Levels of which no two have an equal number; `training` and `unbiased` are of all or of each."""
+    generator = torch.Generator().manual_seed(0)
 
     def normal(*shape: int) -> Tensor:
         return torch.randn(shape, generator=generator, dtype=torch.float64).to(DEVICE, dtype)
 
-    pairs = list(itertools.pairwise(WIDTHS))
-    result = {
-        "weights": [normal(h, c, 2) * c**-0.5 for c, h in pairs],
-        "gammas": [1 + 0.3 * normal(h) for _, h in pairs],
-        "betas": [normal(h) for _, h in pairs],
-    }
-    return {name: [t.requires_grad_(requires_grad) for t in tensors] for name, tensors in result.items()}
+    def each(value: object) -> list[bool]:
+        return list(value) if isinstance(value, tuple) else [bool(value)] * 3
+
+    modes = zip(itertools.pairwise(WIDTHS), each(training), each(unbiased), strict=True)
+    return [
+        Level(
+            (normal(h, c, 2) * c**-0.5).requires_grad_(requires_grad),
+            (1 + 0.3 * normal(h)).requires_grad_(requires_grad),
+            normal(h).requires_grad_(requires_grad),
+            normal(h),
+            0.5 + normal(h) ** 2,
+            eps=1e-5 * 3**i,
+            momentum=0.1 + 0.2 * i,
+            training=mode,
+            unbiased=kind,
+        )
+        for i, ((c, h), mode, kind) in enumerate(modes)
+    ]
+
+
+def parameters(stack: list[Level]) -> list[Tensor]:
+    return [tensor for level in stack for tensor in level[:3]]
+
+
+def with_parameters(stack: list[Level], tensors: Sequence[Tensor]) -> list[Level]:
+    """The same levels with other parameters, and running statistics of their own."""
+    return [
+        level._replace(
+            weight=tensors[3 * i], gamma=tensors[3 * i + 1], beta=tensors[3 * i + 2],
+            running_mean=level.running_mean.clone(), running_var=level.running_var.clone(),
+        )
+        for i, level in enumerate(stack)
+    ]  # fmt: skip
 
 
 def inputs(graph: cw.Graph, dtype: torch.dtype, requires_grad: bool = False) -> Tensor:
@@ -53,95 +83,125 @@ def inputs(graph: cw.Graph, dtype: torch.dtype, requires_grad: bool = False) -> 
     return x.requires_grad_(requires_grad)
 
 
-def fixed_of(gammas: list[Tensor]) -> list[Tensor]:
-    generator = torch.Generator().manual_seed(2)
-    draws = [torch.rand(2, g.numel(), generator=generator, dtype=torch.float64).to(DEVICE, g.dtype) for g in gammas]
-    return [fold.fixed_stats(mean, 0.5 + var, g.detach(), 1e-5) for (mean, var), g in zip(draws, gammas, strict=True)]
-
-
 @pytest.fixture(scope="module")
 def graph() -> cw.Graph:
     packed = cw.pack_ids([[1, 2, 3, 4, 5, 6, 7, 8, 9], [], [1], [2, 1, 2, 1]])
     return cw.dense_graph(packed, 3, torch.arange(len(packed)) % 3 + 1).to(DEVICE)
 
 
+MODES = [True, False, (True, False, True), (False, True, False)]
+
 # ---------------------------------------------------------------------------------------------------------------------
-# The definition, its closed-form twin, and autograd
+# The definition, its closed form, and autograd
 
 
 @pytest.mark.parametrize("make", GRAPHS)
-@pytest.mark.parametrize("unbiased", [True, False])
-@pytest.mark.parametrize("training", [True, False])
-def test_the_twin_is_the_definition(make: object, unbiased: bool, training: bool) -> None:
-    """eager.stack_forward and stack_backward against naive.level and autograd, in float64."""
+@pytest.mark.parametrize("unbiased", [True, False, (False, True, False)])
+@pytest.mark.parametrize("training", MODES)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_the_closed_form_is_the_definition(make: object, unbiased: object, training: object, backend: str) -> None:
+    """Both backends in float64 against `naive` and autograd; every level obeys its own mode and kind of variance."""
     packed = cw.pack_ids([[1, 2, 3, 4, 5, 6, 7], [], [1], [2, 1, 2]])
     graph = make(packed, 3, torch.arange(len(packed)) % 3 + 1).to(DEVICE)  # type: ignore[operator]
-    x, p = inputs(graph, torch.float64, True), levels(torch.float64, True)
-    h, variables = x, [x]
-    generator = torch.Generator().manual_seed(2)
-    for level, taps in enumerate(graph.taps):
-        weight, gamma, beta = p["weights"][level], p["gammas"][level], p["betas"][level]
-        draw = torch.rand(2, gamma.numel(), generator=generator, dtype=torch.float64).to(DEVICE)
-        h = naive.level(
-            h, weight, gamma, beta, draw[0], 0.5 + draw[1], taps=taps, counts=graph.weights[level],
-            training=training, unbiased=unbiased,
-        )  # fmt: skip
-        variables += [weight, gamma, beta]
-    dh = torch.randn(h.shape, dtype=torch.float64, device=DEVICE)
-    expected = torch.autograd.grad(h, variables, dh)
-    fixed = [] if training else fixed_of(p["gammas"])
-    lists = [[t.detach() for t in p[name]] for name in ("weights", "gammas", "betas")]
-    counts = list(graph.weights)
-    ours, zs, stats = twin.stack_forward(x.detach(), *lists, fixed, graph.taps, counts, [1e-5] * 3, unbiased)
-    dx, *gradients = twin.stack_backward(
-        dh, x.detach(), lists[0], lists[2], zs, stats, graph.taps, counts, training, unbiased
-    )
-    torch.testing.assert_close(ours, h.detach(), rtol=1e-12, atol=1e-12)
-    torch.testing.assert_close(dx, expected[0], rtol=1e-10, atol=1e-12)
-    for level in range(3):
-        for name, ours, theirs in zip("wgb", (g[level] for g in gradients), expected[1 + 3 * level :], strict=False):
-            torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-12, msg=lambda m, n=name: f"{n}: {m}")
+    x, stack = inputs(graph, torch.float64, True), levels(torch.float64, True, training, unbiased)
+    variables = [x, *parameters(stack)]
+    expected, taken = naive.stack(x, stack, graph.rows())
+    dh = torch.randn(expected.shape, dtype=torch.float64, device=DEVICE)
+    gradients = torch.autograd.grad(expected, variables, dh)
+    ours = with_parameters(stack, parameters(stack))
+    h = conv_stack(x, ours, graph.rows(), backend)
+    torch.testing.assert_close(h, expected, rtol=1e-12, atol=1e-12)
+    for got, wanted in zip(torch.autograd.grad(h, variables, dh), gradients, strict=True):
+        torch.testing.assert_close(got, wanted, rtol=1e-10, atol=1e-12)
+    for level, before, stats in zip(ours, stack, taken, strict=True):
+        for name, statistic in (("running_mean", "mean"), ("running_var", "var")):
+            old, new = getattr(before, name), getattr(level, name)
+            if not before.training:
+                assert torch.equal(old, new), "a frozen level moved"
+                continue
+            found = getattr(stats, statistic).detach()
+            if statistic == "var" and not before.unbiased:
+                found = found * stats.total / (stats.total - 1)
+            torch.testing.assert_close(new, old.lerp(found, before.momentum), rtol=1e-12, atol=1e-12)
 
 
-@pytest.mark.parametrize("training", [True, False])
-def test_gradcheck_of_the_op(graph: cw.Graph, training: bool) -> None:
-    """Against finite differences, in float64 (for which the ops compute in plain PyTorch)."""
-    p = levels(torch.float64, True)
-    fixed = [] if training else fixed_of(p["gammas"])
+@pytest.mark.parametrize("training", MODES)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_first_and_second_derivatives_by_finite_differences(graph: cw.Graph, training: object, backend: str) -> None:
+    """In float64, in which both backends compute in plain PyTorch."""
+    small = cw.dense_graph(cw.pack_ids([[1, 2, 3], [2]]), 3, torch.arange(6) % 3 + 1).to(DEVICE)
+    stack = levels(torch.float64, True, training)
 
     def function(x: Tensor, *flat: Tensor) -> Tensor:
-        gammas = list(flat[3:6])
-        stats = (
-            []
-            if training
-            else [torch.stack([f[0], f[1], f[1] * g, f[3], f[4]]) for f, g in zip(fixed, gammas, strict=True)]
-        )
-        return ops.stack(x, flat[:3], gammas, flat[6:], stats, graph.taps, graph.weights, [1e-5] * 3, True)[0]
+        return conv_stack(x, with_parameters(stack, flat), small.rows(), backend)
 
-    variables = [inputs(graph, torch.float64, True), *p["weights"], *p["gammas"], *p["betas"]]
-    assert torch.autograd.gradcheck(function, variables, nondet_tol=1e-12 if DEVICE == "cuda" else 0.0)
+    variables = [inputs(small, torch.float64, True), *parameters(stack)]
+    nondeterminism = 1e-12 if DEVICE == "cuda" else 0.0
+    assert torch.autograd.gradcheck(function, variables, nondet_tol=nondeterminism, fast_mode=True)
+    assert torch.autograd.gradgradcheck(function, variables, nondet_tol=nondeterminism, fast_mode=True)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_second_derivatives_in_float32_are_the_definitions(graph: cw.Graph, backend: str) -> None:
+    """A gradient penalty through the kernels too: the kernels' backward pass is not asked, the definition is."""
+    results = []
+    for dtype, chosen in ((torch.float64, None), (torch.float32, backend)):
+        stack = [level._replace(weight=level.weight.to(dtype)) for level in levels(torch.float64, True)]
+        stack = [
+            Level(*(t.detach().to(dtype).requires_grad_(t.requires_grad) for t in level[:5]), *level[5:])
+            for level in stack
+        ]
+        x = inputs(graph, dtype, True)
+        h = naive.stack(x, stack, graph.rows())[0] if chosen is None else conv_stack(x, stack, graph.rows(), chosen)
+        (dx,) = torch.autograd.grad(h.square().sum(), x, create_graph=True)
+        results.append(torch.autograd.grad(dx.square().sum(), [x, *parameters(stack)]))
+    for exact, ours in zip(*results, strict=True):
+        assert float((ours.double() - exact).abs().max()) <= 1e-3 * float(exact.abs().max())
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_function_transforms(backend: str) -> None:
+    """hessian, jvp and vmap in training mode give what the definition gives."""
+    torch.manual_seed(0)
+    kept = [torch.randn(4, 3, 2), torch.rand(4) + 0.5, torch.randn(4)]
+    kept = [t.double() for t in kept]
+
+    def ours(x: Tensor) -> Tensor:
+        return cw.ops.conv_stack(
+            x, [Level(*kept, None, None)], [Rows(torch.tensor([[0, 0, 1, 2, 3], [0, 1, 2, 3, 4]]))], backend
+        )
+
+    def plain(x: Tensor) -> Tensor:
+        z = torch.cat([x[:1], x[:-1]]) @ kept[0][:, :, 0].T + x @ kept[0][:, :, 1].T
+        return torch.tanh((z - z.mean(0)) / torch.sqrt(z.var(0) + 1e-5) * kept[1] + kept[2])
+
+    x, v = torch.randn(5, 3, dtype=torch.float64), torch.randn(5, 3, dtype=torch.float64)
+    transforms = {
+        "hessian": lambda f: torch.func.hessian(lambda y: f(y).square().sum())(x),
+        "jvp": lambda f: torch.func.jvp(f, (x,), (v,))[1],
+        "vmap": lambda f: torch.func.vmap(f)(torch.stack([x, v])),
+        "vjp": lambda f: torch.func.vjp(f, x)[1](torch.ones(5, 4, dtype=torch.float64))[0],
+    }
+    for name, transform in transforms.items():
+        torch.testing.assert_close(transform(ours), transform(plain), msg=lambda m, n=name: f"{n}: {m}")
 
 
 @needs_triton
 @pytest.mark.parametrize(
-    ("training", "with_consumers", "needs_dx"), [(True, True, True), (True, False, False), (False, True, False)]
+    ("training", "with_consumers", "needs_dx"),
+    [(True, True, True), (True, False, False), (False, True, False), ((True, False, True), True, True)],
 )
-def test_opcheck(graph: cw.Graph, training: bool, with_consumers: bool, needs_dx: bool) -> None:
-    p, x = levels(torch.float32), inputs(graph, torch.float32)
-    lists = (p["weights"], p["gammas"], p["betas"])
-    fixed = [] if training else fixed_of(p["gammas"])
-    taps, counts, eps = list(graph.taps), list(graph.weights), [1e-5] * 3
-    forward = (x, *lists, fixed, taps, counts, eps, True, "ieee")
-    torch.library.opcheck(torch.ops.convwave.stack_forward.default, forward)
+def test_opcheck(graph: cw.Graph, training: object, with_consumers: bool, needs_dx: bool) -> None:
+    x, stack = inputs(graph, torch.float32), levels(torch.float32, training=training)
+    tensors, options = library._flatten(stack, graph.rows(consumers=with_consumers))
+    flat = (*tensors, *options, "ieee")
+    torch.library.opcheck(torch.ops.convwave.stack_forward.default, (x, *flat))
     if not training:
-        torch.library.opcheck(torch.ops.convwave.stack_inference.default, (x, *lists, fixed, taps, eps, "ieee"))
-    h, zs, stats = torch.ops.convwave.stack_forward(*forward)
-    consumers = graph.consumers if with_consumers else ()
-    backward = (
-        torch.randn_like(h), x, p["weights"], p["betas"], zs, stats, taps, counts, [c.ranges for c in consumers],
-        [c.order for c in consumers], [c.most for c in consumers], training, True, needs_dx, "ieee",
-    )  # fmt: skip
-    torch.library.opcheck(torch.ops.convwave.stack_backward.default, backward)
+        torch.library.opcheck(torch.ops.convwave.stack_inference.default, (x, *flat))
+    h, zs, stats = torch.ops.convwave.stack_forward(x, *flat)
+    torch.library.opcheck(
+        torch.ops.convwave.stack_backward.default, (torch.randn_like(h), x, zs, stats, needs_dx, *flat)
+    )
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -251,15 +311,57 @@ def test_functional_gradients(backend: str, training: bool, graph: cw.Graph) -> 
         torch.testing.assert_close(gradients[name], expected.grad, rtol=SINGLE, atol=SINGLE)
 
 
-@needs_triton
-def test_a_second_derivative_is_refused_in_clear_words(graph: cw.Graph) -> None:
-    _, fused = twins()
-    (gradient,) = torch.autograd.grad(cw.loss(fused(graph), graph), [fused.head.weight], create_graph=True)
-    assert gradient.requires_grad  # the head is plain PyTorch
-    weight = fused.layers[0].conv.weight
-    (gradient,) = torch.autograd.grad(cw.loss(fused(graph), graph), [weight], create_graph=True)
-    with pytest.raises(RuntimeError, match=r"once_differentiable|does not require grad"):
-        gradient.sum().backward()
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_every_level_obeys_its_own_state(backend: str, graph: cw.Graph) -> None:
+    """One frozen norm, another momentum, another eps, a frozen matrix: in a network too."""
+    net = twins(backend)[1].train()
+    first, second, third = net.layers
+    first.norm.eval()
+    second.norm.momentum, second.norm.eps, second.norm.unbiased = 0.7, 1e-2, False
+    third.conv.weight.requires_grad_(False)
+    exact = copy.deepcopy(net).double()
+    h = exact.embedding(graph.tokens)
+    h, taken = naive.stack(h, [block.level() for block in exact.layers], graph.rows())
+    before = copy.deepcopy(net.state_dict())
+    logits = net(graph)
+    torch.testing.assert_close(logits.double(), exact.head(h), rtol=SINGLE, atol=SINGLE)
+    cw.loss(logits, graph).backward()
+    assert third.conv.weight.grad is None
+    assert first.conv.weight.grad is not None
+    assert torch.equal(first.norm.running_mean, before["blocks.0.norm.running_mean"]), "a frozen norm moved"
+    assert not first.norm.training
+    assert second.norm.training
+    old, stats = before["blocks.1.norm.running_mean"].double(), taken[1]
+    expected = old.lerp(stats.mean.detach(), 0.7)
+    torch.testing.assert_close(second.norm.running_mean.double(), expected, rtol=SINGLE, atol=SINGLE)
+
+
+def test_helpers_restore_every_modules_own_mode(graph: cw.Graph) -> None:
+    net = cw.ConvWave(10, vocabulary=cw.Vocabulary(".abcdefghi")).train()
+    net.layers[1].norm.eval()
+    modes = [module.training for module in net.modules()]
+    cw.sample(net, 3)
+    assert [module.training for module in net.modules()] == modes
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_hooks_fire_and_are_obeyed(backend: str, graph: cw.Graph) -> None:
+    plain, net = twins(backend)
+    expected = plain(graph)
+    seen: list[str] = []
+    handles = [
+        module.register_forward_hook(lambda m, i, o, n=name: seen.append(n)) for name, module in net.named_modules()
+    ]
+    torch.testing.assert_close(net(graph), expected, rtol=SINGLE, atol=SINGLE)
+    assert {f"blocks.{i}{part}" for i in range(3) for part in ("", ".conv", ".norm")} <= set(seen)
+    for handle in handles:
+        handle.remove()
+    prune.l1_unstructured(net.layers[0].conv, "weight", 0.5)  # a pre-hook that makes the weight
+    net(graph).sum().backward()
+    assert int((net.layers[0].conv.weight == 0).sum()) == net.layers[0].conv.weight.numel() // 2
+    net.layers[1].conv = torch.nn.utils.parametrizations.weight_norm(net.layers[1].conv)
+    net(graph).sum().backward()
+    assert net.layers[1].conv.parametrizations.weight.original0.grad is not None
 
 
 @needs_triton
@@ -395,7 +497,7 @@ def test_errors_of_the_layer() -> None:
     bad = [
         (lambda: layer(torch.randn(2, 5, 3)), "x: expected 4 channels"),
         (lambda: layer(torch.randn(4)), r"x: expected \(N, C\)"),
-        (lambda: layer(x, weights=torch.ones(3)), "counts: expected 10 numbers"),
+        (lambda: layer(x, weights=torch.ones(3)), r"counts: expected shape \(2, 5\) or \(10,\)"),
         (lambda: layer(x, cu_seqlens=torch.tensor([0, 10])), "they are for rows"),
         (lambda: layer(x[0], cu_seqlens=torch.tensor([0, 4])), "cu_seqlens: expected to rise from 0 to 5"),
         (lambda: layer(x[0], cu_seqlens=torch.tensor([0, 4, 2, 5])), "cu_seqlens: expected to rise"),
@@ -413,29 +515,59 @@ def test_errors_of_the_layer() -> None:
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_the_stack_function_is_the_layers_one_after_another(backend: str) -> None:
-    if backend == "eager":
-        pytest.skip("conv_stack always goes through the ops")
-    graph = cw.dense_graph(cw.pack_ids([[1, 2, 3], [4]]), 2).to(DEVICE)
-    layers = [disturb(cw.nn.ConvBatchNormTanh(3, 5, backend="eager"), 0).to(DEVICE),
-              disturb(cw.nn.ConvBatchNormTanh(5, 4, backend="eager"), 1).to(DEVICE)]  # fmt: skip
-    copies = copy.deepcopy(layers)
-    x = torch.randn(graph.tokens.numel(), 3, device=DEVICE)
-    h = conv_stack(
-        x,
-        [layer.conv.weight for layer in copies],
-        *(
-            [getattr(layer.norm, name) for layer in copies]
-            for name in ("weight", "bias", "running_mean", "running_var")
-        ),
-        taps=graph.taps,
-        training=True,
-        unbiased=True,
-        momentum=[0.1, 0.1],
-        eps=[1e-5, 1e-5],
-    )
-    for layer, taps in zip(layers, graph.taps, strict=True):
-        x = layer(x, taps)
-    torch.testing.assert_close(h, x, rtol=SINGLE, atol=SINGLE)
-    for ours, theirs in zip(copies, layers, strict=True):
-        torch.testing.assert_close(ours.norm.running_var, theirs.norm.running_var, rtol=SINGLE, atol=SINGLE)
+def test_a_row_that_counts_nothing_matters_nothing(backend: str) -> None:
+    """NaN where a mask is 0: outputs of counted rows, statistics and gradients are those of zeros there."""
+    torch.manual_seed(0)
+    x, mask = torch.randn(2, 7, 4, device=DEVICE), torch.ones(2, 7, device=DEVICE)
+    mask[1, 4:] = 0
+    base = cw.nn.ConvBatchNormTanh(4, 6, dilation=2, backend=backend).to(DEVICE)
+    results = []
+    for filling in (0.0, float("nan"), float("inf")):
+        layer, given = copy.deepcopy(base), x.clone()
+        given[1, 4:] = filling
+        given.requires_grad_()
+        h = layer(given, weights=mask)
+        (h * mask[..., None] * torch.arange(6, device=DEVICE)).sum().backward()
+        results.append([h[mask > 0], given.grad[mask > 0], *(p.grad for p in layer.parameters()), *layer.buffers()])
+    for other in results[1:]:
+        for ours, expected in zip(other, results[0], strict=True):
+            assert torch.equal(ours, expected)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_taps_outside_the_rows_are_an_error(backend: str) -> None:
+    if DEVICE == "cuda":
+        pytest.skip("an assertion on the device, which would end the process")
+    layer = cw.nn.ConvBatchNormTanh(4, 6, backend=backend)
+    for bad in (5, -2, 2**40):
+        with pytest.raises(IndexError, match="taps: expected rows 0 to 4"):
+            layer(torch.randn(5, 4), torch.tensor([[0, 1, 2], [1, bad, 3]]))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("counts", [[0, 0, 0, 0, 0], [1, 0, 0, 0, 0]])
+def test_counts_that_sum_to_too_little_are_an_error(backend: str, counts: list[int]) -> None:
+    layer = cw.nn.ConvBatchNormTanh(4, 6, backend=backend)
+    with pytest.raises(ValueError, match="unbiased variance needs a total count above 1, got"):
+        layer(torch.randn(5, 4), weights=torch.tensor(counts))
+
+
+def test_batch_norm_is_torchs_own() -> None:
+    """State both ways, a cumulative average, no affine, no statistics, narrow dtypes: against nn.BatchNorm1d."""
+    torch.manual_seed(0)
+    for options in ({}, {"momentum": None}, {"affine": False}, {"track_running_stats": False}, {"bias": False}):
+        ours, theirs = cw.nn.BatchNorm(7, unbiased=False, **options), nn.BatchNorm1d(7, **options)  # type: ignore[arg-type]
+        for _ in range(3):
+            z = torch.randn(5, 7) * 2 + 1
+            torch.testing.assert_close(ours(z), theirs(z))
+        ours.load_state_dict(theirs.state_dict())
+        theirs.load_state_dict(ours.state_dict())
+        torch.testing.assert_close(ours.eval()(z), theirs.eval()(z))
+    z = torch.randn(2, 5, 7)
+    torch.testing.assert_close(cw.nn.BatchNorm(7)(z), cw.nn.BatchNorm(7)(z.flatten(0, 1)).view(2, 5, 7))
+    half = cw.nn.BatchNorm(7).half()
+    assert half.weight.dtype == torch.float16
+    assert half.running_var.dtype == torch.float32
+    large = (torch.randn(100_000, 7) + 3).half()
+    assert half(large).isfinite().all()
+    torch.testing.assert_close(half.running_mean, 0.1 * large.float().mean(0), rtol=1e-3, atol=1e-3)

@@ -103,7 +103,7 @@ def weighted_sums(model: cw.ConvWave, graph: cw.Graph) -> list[tuple[float, Tens
     sums = []
     h = model.embedding(graph.tokens)
     for block, taps, weights in zip(model.layers, graph.taps, graph.weights, strict=True):
-        z = naive.gather_conv(h, block.conv.weight, taps)
+        z = naive.conv(h, block.conv.weight, taps)
         sums.append((float(weights.sum()), weights @ z, weights @ z.square()))
         h = torch.tanh(block.norm(z))
     return sums

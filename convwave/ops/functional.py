@@ -120,7 +120,9 @@ def arrange(
         _check_taps(taps, x)
     if counts is not None:
         if tuple(counts.shape) != shape and tuple(counts.shape) != (taps.shape[1],):
-            text = " or ".join(f"({', '.join(map(str, s))}{',' * (len(s) == 1)})" for s in {shape, (taps.shape[1],)})
+            text = " or ".join(
+                f"({', '.join(map(str, s))}{',' * (len(s) == 1)})" for s in dict.fromkeys((shape, (taps.shape[1],)))
+            )
             raise ValueError(f"counts: expected shape {text}, one number per output row, got {tuple(counts.shape)}")
         counts = counts.reshape(-1)
         rows = without_uncounted(rows, taps, counts)

@@ -5,8 +5,8 @@
 - "triton": `torch.ops.convwave.stack_forward`, `stack_inference` and `stack_backward`, registered with shapes for
   tracing; they run the kernels on CUDA tensors of up to 32 bits, and `convwave.ops.stack` elsewhere;
 - "eager": `convwave.ops.stack` without an op in between;
-- `convwave.ops.naive`, the definition, for all that only autograd can do: second derivatives, `torch.func` beyond a
-  plain gradient, forward-mode differentiation, and, on the eager backend, `torch.compile` and `torch.export`.
+- `convwave.ops.naive`, the definition, for all that only autograd can do: second derivatives, `torch.func`,
+  forward-mode differentiation, and, on the eager backend, `torch.compile` and `torch.export`.
 
 Only the ops' schemas list a stack's tensors one kind after another: they are flattened and put together again here.
 """
@@ -312,9 +312,7 @@ class _Stack(torch.autograd.Function):
         if dh is None:
             return nothing
         t, (h, *kept) = _grouped(call, saved[:n]), saved[n:]
-        if (
-            torch.is_grad_enabled() and not torch.compiler.is_compiling()
-        ):  # a second derivative is to follow: the definition's, by autograd
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():  # a second derivative is to follow
             return _differentiable_backward(ctx, dh, x, t, call)
         stats, zs, hs = kept[:L], kept[L : 2 * L], kept[2 * L :]
         needs_dx = ctx.needs_input_grad[0]
@@ -333,6 +331,7 @@ class _Stack(torch.autograd.Function):
 
 
 def _differentiable_backward(ctx: Any, dh: Tensor, x: Tensor, t: _Tensors, call: _Call) -> tuple[Tensor | None, ...]:
+    """The definition's gradients, which autograd can differentiate again."""
     variables = [x, *t.weights, *t.gammas, *t.betas]
     needed = [needs for i, needs in enumerate(ctx.needs_input_grad) if i != 1][: len(variables)]
     levels, rows = _unflatten(t, call.options)
@@ -344,16 +343,13 @@ def _differentiable_backward(ctx: Any, dh: Tensor, x: Tensor, t: _Tensors, call:
 
 
 def _only_autograd_can(x: Tensor, levels: Sequence[Level]) -> bool:
-    """Whether something differentiates that a hand-written backward pass cannot serve: jvp, vmap, nested transforms."""
+    """Whether `torch.func` or forward-mode differentiation is at work, which a hand-written backward pass cannot serve."""
     if torch.compiler.is_compiling():
         return False
     tensors = (x, *(t for level in levels for t in (level.weight, level.gamma, level.beta)))
     if any(torch.autograd.forward_ad.unpack_dual(t).tangent is not None for t in tensors):
         return True
-    if not torch._C._are_functorch_transforms_active():
-        return False
-    transforms = torch._C._functorch.get_interpreter_stack() or []
-    return [i.key() for i in transforms] != [torch._C._functorch.TransformType.Grad]
+    return torch._C._are_functorch_transforms_active()
 
 
 def conv_stack(
