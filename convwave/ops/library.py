@@ -343,7 +343,7 @@ def _differentiable_backward(ctx: Any, dh: Tensor, x: Tensor, t: _Tensors, call:
 
 
 def _only_autograd_can(x: Tensor, levels: Sequence[Level]) -> bool:
-    """Whether `torch.func` or forward-mode differentiation is at work, which a hand-written backward pass cannot serve."""
+    """Whether `torch.func` or forward-mode differentiation is at work, which no hand-written backward pass serves."""
     if torch.compiler.is_compiling():
         return False
     tensors = (x, *(t for level in levels for t in (level.weight, level.gamma, level.beta)))
