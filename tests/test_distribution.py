@@ -63,8 +63,13 @@ def distribution(tmp_path_factory: pytest.TempPathFactory) -> Distribution:
 
 
 def build(kind: str, tree: Path, out: Path) -> str:
-    """Name of the archive that setuptools builds from a tree, as pip does it."""
-    code = f"import sys; from setuptools import build_meta; print(build_meta.build_{kind}(sys.argv[1]))"
+    """Name of the archive that setuptools builds from a tree, as pip does it; reading the version imports nothing."""
+    code = (
+        "import sys; from setuptools import build_meta\n"
+        f"name = build_meta.build_{kind}(sys.argv[1])\n"
+        "assert not {'torch', 'convwave'} & sys.modules.keys()\n"
+        "print(name)\n"
+    )
     done = subprocess.run([sys.executable, "-c", code, str(out)], cwd=tree, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return done.stdout.splitlines()[-1]
