@@ -1,35 +1,38 @@
-"""Packaging: kernels/ is installed as convwave.kernels and data/given_names/ as convwave/given_names.
+"""What pyproject.toml cannot say: which folder is which package, and a long description that reads well off GitHub.
 
-The names are spelt out because a top-level package called "kernels" would clash with others of that name.
+kernels/ is installed as convwave.kernels and data/given_names/ as convwave.given_names: a top-level package called
+"kernels" would clash with others of that name. Everything else is in pyproject.toml.
 """
 
 import re
 from pathlib import Path
 
-from setuptools import setup
+from setuptools import find_packages, setup
 
-here = Path(__file__).parent
-version = re.search(r'__version__ = "(.+)"', (here / "convwave/__init__.py").read_text(encoding="utf-8"))
-assert version is not None
+HERE = Path(__file__).parent
+REPOSITORY = "https://github.com/convwave/convwave"
+PICTURES = "https://raw.githubusercontent.com/convwave/convwave/HEAD"
 
-# torch for CUDA brings its own; without it, or elsewhere, the kernels are not there and everything else is
-triton = 'triton>=3.6; sys_platform == "linux" and platform_machine == "x86_64"'
-test = ["pytest>=8", "pytest-benchmark>=4", "hypothesis>=6.100"]
 
-ROOMS = ["cli", "data", "infer", "ops", "runs", "train", "verify"]
+def absolute_links(markdown: str) -> str:
+    """README.md for a package index: links and pictures of the checkout become addresses in the repository."""
+
+    def absolute(match: re.Match[str]) -> str:
+        picture, text, target = match.groups()
+        if re.match(r"[a-z]+:|#", target):
+            return match[0]
+        if picture:
+            return f"![{text}]({PICTURES}/{target})"
+        view = "tree" if (HERE / target).is_dir() else "blob"
+        return f"[{text}]({REPOSITORY}/{view}/HEAD/{target.rstrip('/')})"
+
+    return re.sub(r"(!?)\[([^\]]*)\]\(([^)\s]+)\)", absolute, markdown)
+
 
 setup(
-    name="convwave",
-    version=version[1],
-    description="WaveNet-style character models as dilated causal convolutions, equal to the windowed MLP",
-    long_description=(here / "README.md").read_text(encoding="utf-8"),
+    long_description=absolute_links((HERE / "README.md").read_text(encoding="utf-8")),
     long_description_content_type="text/markdown",
-    license="MIT",
-    python_requires=">=3.11",
-    packages=["convwave", *(f"convwave.{room}" for room in ROOMS), "convwave.kernels", "convwave.given_names"],
+    packages=[*find_packages(include=["convwave", "convwave.*"]), "convwave.kernels", "convwave.given_names"],
     package_dir={"convwave": "convwave", "convwave.kernels": "kernels", "convwave.given_names": "data/given_names"},
     package_data={"convwave": ["py.typed"], "convwave.given_names": ["*.txt"]},
-    install_requires=["torch>=2.11", "numpy", "safetensors>=0.4", "matplotlib>=3.8", "rich>=13", triton],
-    extras_require={"test": test, "dev": [*test, "ruff", "mypy"]},
-    entry_points={"console_scripts": ["convwave = convwave.cli:main"]},
 )

@@ -27,13 +27,13 @@ class _Level:
     """One level of a windowed network, in the convolution's terms."""
 
     weight: Tensor  # (H, n * C)
-    shift: Tensor | None  # (H,) the Linear's bias, which BatchNorm takes out again
+    shift: Tensor | None  # (H,) the Linear's bias, which BatchNorm cancels
     norm: reference.BatchNorm1d | nn.BatchNorm1d
 
 
 @dataclass
 class _Parts:
-    """What a windowed network is made of."""
+    """The tensors of a windowed network."""
 
     embedding: Tensor  # (V, C)
     levels: list[_Level]
@@ -49,7 +49,7 @@ def from_windowed(mlp: reference.Sequential | nn.Module, backend: str = "auto") 
     Args:
         mlp: the post's own classes (`reference`), or a torch.nn network that reads (B, context) token ids: Embedding,
             then per level something that joins n neighbours, Linear, BatchNorm1d and Tanh, then Linear. How it joins
-            is its own affair (nn.Flatten, nn.Unflatten, a module of yours without parameters): n follows from the
+            them does not matter (nn.Flatten, nn.Unflatten, your own module without parameters): n follows from the
             Linear's width, and both networks are compared on random windows before this returns. A bias in front of a
             BatchNorm is folded into its running mean.
         backend: of the convolution.

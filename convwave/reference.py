@@ -196,7 +196,7 @@ def HierarchicalMLP(
     """The post's last network: join neighbours, Linear, BatchNorm, tanh, level by level.
 
     Args:
-        n_hidden: width of every level, or one number for each.
+        n_hidden: width of every level, or one width per level.
         levels: number of pairwise levels; windows are ``2 ** levels`` tokens wide.
         factors: neighbours joined at each level instead of ``levels`` times 2.
         generator: source of the initial weights; default: seeded with 42, as in the post.

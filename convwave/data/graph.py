@@ -2,15 +2,15 @@
 
 The network is a tree over the last 2^L tokens of a position: level l joins pairs of level-l activations. A *graph*
 lists, for every level, which rows of the level below each row reads (its *taps*, oldest first), and how many windows
-contain it (its *weight*):
+contain it (its *count*):
 
-- windowed: every position has a tree of its own, 2^L - 1 nodes, nothing shared: the cost of the post's network;
+- windowed: every position has its own tree of 2^L - 1 nodes, nothing shared: the cost of the post's network;
 - dense: one row for every position of every word and level, taps at t - 2^l and t, clamped at the word's first
   position: the dilated causal convolution;
 - distinct: one row for every *distinct* subcontext.
 
 The clamp is exact. Position 0 of a word has read nothing but token 0, so its activation is the activation of an
-all-padding subtree at every level; whatever lies before it in a window is that subtree again.
+all-padding subtree at every level; whatever precedes it in a window is that subtree again.
 
 Levels need not be pairs: `factors=(4, 2)` joins four, then two (kernel sizes 4 and 2, dilations 1 and 4).
 """
@@ -47,7 +47,7 @@ class Consumers(NamedTuple):
 
 
 def find_consumers(taps: Tensor, rows_below: int, ascending: bool = False, most: int = 0) -> Consumers:
-    """The taps the other way round, which is what a gradient needs.
+    """The taps inverted, which is what a gradient needs.
 
     Args:
         taps: (k, N) int64 rows of the level below; -1 reads nothing.
@@ -89,9 +89,9 @@ class Graph:
         tokens: (N_0,) int64, the bottom rows.
         taps: per level l, (factors[l], N_{l+1}) int64, rows of level l, oldest tap first.
         weights: per level l, (N_{l+1},) float64, how many windows contain the row; 0 is allowed.
-        totals: per level l, sum of the weights.
+        totals: per level l, their sum.
         target_ids: (M,) int64, predicted tokens.
-        target_counts: (M,) float64, how often.
+        target_counts: (M,) float64, how often each is predicted.
         target_rows: (M,) int64, top row of each target; None where target m belongs to row m.
         inverse: (N,) int64, top row of each packed position; None where it is the position itself.
     """
@@ -199,7 +199,7 @@ def dense_graph(
 def windowed_graph(
     packed: Packed, levels: int = 3, counts: Tensor | None = None, *, factors: Sequence[int] | None = None
 ) -> Graph:
-    """A tree of its own for every packed position, as the post evaluates it. Row n is packed position n.
+    """One tree for every packed position, as the post evaluates it. Row n is packed position n.
 
     Arguments and errors as for `dense_graph`.
     """
@@ -212,7 +212,7 @@ def windowed_graph(
 
 
 def graph_of_windows(windows: Tensor, targets: Tensor, factors: Sequence[int]) -> Graph:
-    """A tree of its own for each of some windows of token ids, whatever they begin with. Row m is window m.
+    """One tree for each of some windows of token ids, whatever they begin with. Row m is window m.
 
     Args:
         windows: (M, context) int64, at least one.
@@ -280,7 +280,7 @@ def select_contexts(graph: Graph, rows: Tensor, scale: Tensor) -> Graph:
     Args:
         graph: a distinct graph.
         rows: (N,) int64 distinct top rows, at least one.
-        scale: (N,) what to multiply the counts of each by.
+        scale: (N,) factor of the counts of each.
 
     Returns:
         A graph of kind "distinct" without `inverse`, on the device of `graph`; its top rows are `rows` in their order.
@@ -387,12 +387,12 @@ def _first(packed: Packed) -> Tensor:
 
 
 def dilated_taps(first: Tensor, kernel_size: int, dilation: int, padding: Padding = "replicate") -> Tensor:
-    """Taps of a causal convolution over sequences that lie end to end.
+    """Taps of a causal convolution over sequences packed end to end.
 
     Args:
         first: (N,) int64 the row at which each row's sequence begins.
-        padding: what stands before a sequence: its own first row again ("replicate", what the windows' filling with
-            token 0 amounts to), or "zeros", which are marked -1.
+        padding: what precedes a sequence: its first row repeated ("replicate", which equals filling windows with
+            token 0), or "zeros", which are marked -1.
 
     Returns:
         (kernel_size, N), oldest tap first.
@@ -408,7 +408,7 @@ def dilated_taps(first: Tensor, kernel_size: int, dilation: int, padding: Paddin
 def dilated_consumers(
     first: Tensor, end: Tensor, kernel_size: int, dilation: int, padding: Padding = "replicate"
 ) -> Consumers:
-    """`dilated_taps` the other way round, without a search.
+    """The consumers of `dilated_taps`, found without a search.
 
     Args:
         first, end: (N,) int64 the row at which each row's sequence begins, and one past its last.
@@ -419,7 +419,7 @@ def dilated_consumers(
     for back in range((kernel_size - 1) * dilation, -1, -dilation):
         stop = torch.minimum(index + back + 1, end)
         begin = torch.minimum(index + back, stop)
-        if padding == "replicate":  # the first row stands for all that lies before it
+        if padding == "replicate":  # the first row stands for everything before it
             begin = torch.where(index == first, first, begin)
         ranges.append(torch.stack([begin, stop]))
     most = (kernel_size - 1) * dilation + 1 if padding == "replicate" else 1
@@ -435,7 +435,7 @@ def _distinct(columns: Tensor, bound: int) -> tuple[Tensor, int, Tensor]:
     """Number the distinct columns of a (k, N) matrix of ids below `bound`.
 
     Returns:
-        (N,) the number of each column, how many there are, and for each number the first column that has it.
+        (N,) the number of each column, the number of distinct columns, and the first column with each number.
     """
     key, span = columns[0], bound
     for row in columns[1:]:
