@@ -16,7 +16,6 @@ if TYPE_CHECKING:
     from convwave.train.tiers import TIERS, Run, available_tiers, begin, choose_tier
 
 __all__ = [
-    
     "MODELS",
     "PUBLISHED",
     "RECIPES",
@@ -47,7 +46,6 @@ __all__ = [
     "threads",
     "train",
     "vary",
-,
 ]
 
 __getattr__, __dir__ = attach(

@@ -113,7 +113,7 @@ def fit(config: Config, train: Packed, vocabulary: Vocabulary) -> ConvWave:
 
 def train(
     config: Config,
-    words: Words,
+    words: Words | Corpus,
     out: Path | None = None,
     *,
     resume: bool = False,
@@ -144,7 +144,8 @@ def train(
             raise UsageError(f"out: another process is training in {out}")
         if folder is not None and folder.holds_run() and not resume:
             raise UsageError(f"out: {out} holds a run already; continue it with --resume or choose another directory")
-        training = _Training(config, Corpus(words), folder, save_every, reporter or Reporter())
+        corpus = words if isinstance(words, Corpus) else Corpus(words)
+        training = _Training(config, corpus, folder, save_every, reporter or Reporter())
         try:
             training.steps()
             return training.result()
@@ -211,9 +212,8 @@ class _Training:
         result = Result(config, model.num_parameters, self.seconds, self.losses, splits, model, checkpoint)
         if folder is not None:
             model.save(folder.model)
-            title = (
-                f"{config.model}, recipe {config.recipe.name}: {result.parameters:,} parameters, {self.seconds:.1f} s"
-            )
+            title = f"{config.model}, recipe {config.recipe.name}"
+            title += f": {result.parameters:,} parameters, {self.seconds:.1f} s"
             summary = {**result.summary(), "data": corpus.source, "data_sha256": corpus.sha256}
             folder.write_results(self.losses, summary, title)
         return result

@@ -100,10 +100,8 @@ def _checked(name: str, value: Any) -> Any:
         if isinstance(value, bool) or not isinstance(value, int if whole else int | float):
             raise ValueError(f"{name}: expected {'a whole number' if whole else 'a number'}, got {value!r}")
         if not low <= value < high:
-            below = f" and below {high:g}" if high < math.inf else ""
-            raise ValueError(
-                f"{name}: expected {'a finite number of ' * (not below)}at least {low:g}{below}, got {value}"
-            )
+            below = f"below {high:g}" if high < math.inf else "finite"
+            raise ValueError(f"{name}: expected at least {low:g} and {below}, got {value}")
         return value if whole else float(value)
     if name in _CHOICES and value not in _CHOICES[name]:
         raise ValueError(f"{name}: expected one of {', '.join(_CHOICES[name])}, got {value!r}")

@@ -57,7 +57,7 @@ def convolution(config: Config, train: Packed, vocabulary: Vocabulary) -> tuple[
 
 
 def ready(net: ConvWave, reader: StepReader) -> ConvWave:
-    """The trained network in evaluation mode, with exact statistics of the training split unless batches are windows."""
+    """The trained network in evaluation mode, with exact statistics of all words unless batches are windows."""
     if reader.plan.batch_of != "windows":
         recompute_statistics(net, reader.everything)
     return net.eval()
