@@ -266,7 +266,7 @@ def test_nothing_is_overwritten_or_mixed(few: cw.Words, tmp_path: Path) -> None:
     train(config, few, tmp_path)
     with pytest.raises(UsageError, match="holds a run already"):
         train(config, few, tmp_path)
-    with pytest.raises(CheckpointError, match="was made with seed 0, cannot go on with 5"):
+    with pytest.raises(CheckpointError, match="was made with seed 0, cannot continue with 5"):
         train(replace(config, seed=5), few, tmp_path, resume=True)
     with pytest.raises(CheckpointError, match="other data"):
         train(config, few._replace(sha256="0"), tmp_path, resume=True)
@@ -405,8 +405,12 @@ def test_a_run_of_a_recipe_that_is_not_built_in_is_resumed(few: cw.Words, tmp_pa
         train(config, few, tmp_path, reporter=StopAfter(3))
     assert training.read_config(tmp_path) == config
     assert train(training.read_config(tmp_path), few, tmp_path, resume=True).losses == whole.losses
-    with pytest.raises(CheckpointError, match=r"was made with recipe Recipe\(name='mine'"):
-        train(replace(config, recipe=FAST), few, tmp_path, resume=True)
+    for other, reason in [
+        (FAST, "was made with recipe mine, cannot continue with fast"),
+        (replace(recipe, lr=0.2), "was made with the recipe's lr 0.1, cannot continue with 0.2"),
+    ]:
+        with pytest.raises(CheckpointError, match=reason):
+            train(replace(config, recipe=other), few, tmp_path, resume=True)
 
 
 def test_a_recipe_trains_on_whatever_it_reads(few: cw.Words) -> None:
