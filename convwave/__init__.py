@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from convwave import nn, reference
     from convwave.convert import ConversionError, from_windowed, to_torch, to_windowed
     from convwave.data import (
+        Corpus,
         DataError,
         Graph,
         Packed,
@@ -49,6 +50,7 @@ __all__ = [
     "ConvBatchNormTanh",
     "ConvWave",
     "ConversionError",
+    "Corpus",
     "DataError",
     "EvaluationSet",
     "GenerationCache",
@@ -84,6 +86,7 @@ __getattr__, __dir__ = attach(
     {
         "convert": ["ConversionError", "from_windowed", "to_torch", "to_windowed"],
         "data": [
+            "Corpus",
             "DataError",
             "Graph",
             "Packed",

@@ -1,4 +1,4 @@
-"""Public names that are imported when first asked for (PEP 562), so that ``convwave --version`` needs no torch."""
+"""Names that are imported when first asked for, so that ``convwave --version`` needs no torch."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 
 def attach(package: str, homes: Mapping[str, Sequence[str]]) -> tuple[Callable[[str], Any], Callable[[], list[str]]]:
-    """``__getattr__`` and ``__dir__`` of a package.
+    """``__getattr__`` and ``__dir__`` of a package (PEP 562).
 
     Args:
         package: its ``__name__``.
@@ -31,3 +31,9 @@ def attach(package: str, homes: Mapping[str, Sequence[str]]) -> tuple[Callable[[
         return sorted({*vars(sys.modules[package]), *home, *homes})
 
     return getattr_, dir_
+
+
+def load(name: str) -> Any:
+    """What ``"package.module:name"`` names."""
+    module, _, attribute = name.partition(":")
+    return getattr(import_module(module), attribute)

@@ -6,11 +6,10 @@ import errno
 import json
 import os
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import safetensors.torch
-from safetensors import SafetensorError, safe_open
-from torch import Tensor
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 class CheckpointError(ValueError):
@@ -37,6 +36,8 @@ def write_atomic(path: str | os.PathLike[str], content: bytes) -> None:
 
 def write_tensors(path: str | os.PathLike[str], tensors: dict[str, Tensor], metadata: dict[str, Any]) -> None:
     """Write tensors and JSON-able metadata values to a safetensors file, atomically."""
+    import safetensors.torch
+
     contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     text = {key: json.dumps(value, ensure_ascii=False) for key, value in metadata.items()}
     write_atomic(path, safetensors.torch.save(contiguous, text))
@@ -48,6 +49,8 @@ def read_tensors(path: str | os.PathLike[str], expected_format: str) -> tuple[di
     Raises:
         CheckpointError: no such file, not a safetensors file, or of another format.
     """
+    from safetensors import SafetensorError, safe_open
+
     path = Path(path)
     if not path.is_file():
         raise CheckpointError(f"{path}: {'is a directory' if path.is_dir() else 'no such file'}")

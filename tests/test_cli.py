@@ -13,7 +13,8 @@ from pathlib import Path
 import pytest
 
 import convwave as cw
-from convwave import cli, data
+from convwave import cli
+from convwave.data import words as data
 
 
 @pytest.fixture(scope="module")
@@ -109,7 +110,7 @@ def test_sample_and_evaluate_take_the_newest_run(trained: Path, few: Path, capsy
     monkeypatch.chdir(tmp_path)
     assert "none given and no runs" in refused(["sample", "--data", str(few)], capsys)
     monkeypatch.chdir(trained.parent)
-    monkeypatch.setattr(cli, "RUNS", Path(".."))
+    monkeypatch.setattr("convwave.cli.model.RUNS", Path(".."))
     assert cli.main(["sample", "-n", "2", "--data", str(few)]) == 0
 
 
@@ -214,7 +215,7 @@ def test_data(few: Path, tmp_path: Path, capsys, monkeypatch, words: cw.Words) -
 def test_data_says_when_it_is_the_bundled_list(capsys, monkeypatch, tmp_path: Path) -> None:
     monkeypatch.delenv("CONVWAVE_DATA", raising=False)
     bundled = cw.data.bundled_words()
-    monkeypatch.setattr(cli, "load_words", lambda path: bundled)
+    monkeypatch.setattr("convwave.cli.console.load_words", lambda path: bundled)
     assert cli.main(["data"]) == 0
     assert "the bundled given names" in capsys.readouterr().err
 
@@ -233,7 +234,7 @@ def test_refusals(trained: Path, few: Path, tmp_path: Path, capsys) -> None:
         (["train", "--steps", "0", *use], "steps: expected at least 1, got 0"),
         (["train", "--steps", "many", *use], "--steps: invalid int value: 'many'"),
         (["train", "--model", "rnn", *use], "invalid choice: 'rnn'"),
-        (["train", "--model", "mlp3", "--recipe", "fast", *use], "mlp3 is trained by 'blog' only"),
+        (["train", "--model", "mlp3", "--recipe", "fast", *use], "mlp3 is trained by SGD on windows only"),
         (["train", "--tier", "warp", *use], "invalid choice: 'warp'"),
         (["train", "--tier", "cpu", "--recipe", "blog", *use], "tier: expected one of reference"),
         (["train", "--out", str(trained), "--resume", "--tier", "reference", *use], "--tier:"),
@@ -287,7 +288,7 @@ def test_ctrl_c_saves_and_exits_in_good_order(few: Path, tmp_path: Path) -> None
 
 
 def test_divergence_is_status_1(few: Path, tmp_path: Path, capsys, monkeypatch) -> None:
-    from convwave.train.loop import ClosedFormRun
+    from convwave.train.closed_form import ClosedFormRun
 
     monkeypatch.setattr(ClosedFormRun, "step", lambda self, i: float("inf"))
     assert cli.main(["train", "--out", str(tmp_path / "r"), "--data", str(few)]) == 1

@@ -11,10 +11,11 @@ import convwave as cw
 from convwave.data.batches import Batch, ContextBatches, ContextSampler, NameBatches, Parts, graph_batch
 from convwave.data.graph import select_contexts, select_windows
 from convwave.infer.score import Inference
+from convwave.runs.folder import MODEL_FILE
 from convwave.train import closed_form
-from convwave.train import loop as training
 from convwave.train.closed_form import ClosedForm, MuonAdam
-from convwave.train.loop import Config, train
+from convwave.train.config import Config
+from convwave.train.loop import train
 from convwave.train.optim import Muon
 from convwave.train.recipes import RECIPES, SPRINT
 from convwave.train.tiers import TIERS, available_tiers, choose_tier
@@ -386,7 +387,7 @@ def test_tiers_make_the_same_checkpoints(few: cw.Words, tmp_path) -> None:
     """One form, whichever tier wrote it: names, shapes, statistics of the training split."""
     for tier in ("cpu", "reference"):
         train(Config.make("convwave", "sprint", steps=6, batch=100, tier=tier), few, tmp_path / tier)
-    models = [cw.load(tmp_path / tier / training.MODEL_FILE) for tier in ("cpu", "reference")]
+    models = [cw.load(tmp_path / tier / MODEL_FILE) for tier in ("cpu", "reference")]
     states = [model.state_dict() for model in models]
     assert {n: t.shape for n, t in states[0].items()} == {n: t.shape for n, t in states[1].items()}
     for name, tensor in states[0].items():

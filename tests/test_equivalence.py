@@ -11,7 +11,7 @@ from torch import nn
 import convwave as cw
 from convwave import reference
 from convwave.ops import naive
-from convwave.train.loop import recompute_statistics
+from convwave.train.setup import recompute_statistics
 from tests.helpers import (
     GRAPHS,
     RELATIVE,

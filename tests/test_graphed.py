@@ -10,7 +10,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import convwave as cw
 from convwave.train import loop as training
-from convwave.train.loop import Config, ConvolutionRun, GraphedRun
+from convwave.train.autograd import ConvolutionRun
+from convwave.train.config import Config, UsageError
+from convwave.train.cuda_graph import GraphedRun
 from convwave.train.optim import orthogonalize, orthogonalize_together
 from convwave.train.recipes import RECIPES
 from convwave.train.tiers import available_tiers
@@ -91,7 +93,7 @@ def test_who_takes_it() -> None:
     assert available_tiers("convwave", "full", "cpu") == ["cpu", "reference"]
     assert available_tiers("convwave", "fast", "cuda") == ["reference"]
     assert RECIPES["full"].batch_of == "text"
-    with pytest.raises(training.UsageError, match="reads the whole text in every step, got 64"):
+    with pytest.raises(UsageError, match="reads the whole text in every step, got 64"):
         Config.make(recipe="full", batch=64)
 
 

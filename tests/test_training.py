@@ -18,19 +18,13 @@ from torch import nn
 import convwave as cw
 from convwave import reference
 from convwave.files import CheckpointError, read_tensors, write_tensors
+from convwave.runs.folder import STATE_FILE, STATE_FORMAT, Folder
 from convwave.runs.plots import block_means
 from convwave.train import loop as training
-from convwave.train.loop import (
-    STATE_FILE,
-    STATE_FORMAT,
-    ClosedFormRun,
-    Config,
-    ConvolutionRun,
-    Diverged,
-    Reporter,
-    UsageError,
-    train,
-)
+from convwave.train.autograd import ConvolutionRun
+from convwave.train.closed_form import ClosedFormRun
+from convwave.train.config import Config, Diverged, Interrupted, UsageError
+from convwave.train.loop import Reporter, train
 from convwave.train.recipes import BLOG, FAST, RECIPES, RECORD
 from tests.helpers import relative_error
 
@@ -73,12 +67,12 @@ CONFIGS = [
 ]
 
 
-@pytest.mark.parametrize("config", CONFIGS, ids=lambda c: f"{c.model}-{c.recipe}-{c.batch}-{c.tier}")
+@pytest.mark.parametrize("config", CONFIGS, ids=lambda c: f"{c.model}-{c.recipe.name}-{c.batch}-{c.tier}")
 def test_interrupted_anywhere_and_resumed_ends_in_the_same_bits(config: Config, few: cw.Words, tmp_path: Path) -> None:
     whole = train(config, few, tmp_path / "whole", save_every=1e9)
     for stop in (1, config.steps // 2, config.steps - 1):
         out = tmp_path / f"stopped{stop}"
-        with pytest.raises(training.Interrupted, match=f"stopped after step {stop} of {config.steps}"):
+        with pytest.raises(Interrupted, match=f"stopped after step {stop} of {config.steps}"):
             train(config, few, out, reporter=StopAfter(stop))
         resumed = train(config, few, out, resume=True)
         assert resumed.losses == whole.losses
@@ -129,7 +123,7 @@ def test_equal_seeds_give_equal_bits_and_others_do_not(few: cw.Words) -> None:
 def test_an_unlucky_write_leaves_the_old_state(few: cw.Words, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A crash between two bytes of a new state must not harm the old one."""
     config = Config.make(steps=10, batch=64)
-    with pytest.raises(training.Interrupted):
+    with pytest.raises(Interrupted):
         train(config, few, tmp_path, reporter=StopAfter(4))
     before = (tmp_path / STATE_FILE).read_bytes()
 
@@ -172,7 +166,7 @@ def test_every_epoch_visits_every_name_once(few: cw.Words) -> None:
     run = ConvolutionRun(Config.make(batch=100), packed, vocab)
     epochs = []
     for epoch in range(2):
-        graphs = [run._batch(4 * epoch + i) for i in range(4)]
+        graphs = [run.reader.graph(4 * epoch + i) for i in range(4)]
         assert sum(graph.totals[-1] for graph in graphs) == len(packed)
         epochs.append([graph.totals[-1] for graph in graphs])
     assert epochs[0] != epochs[1], "another order"
@@ -220,7 +214,7 @@ def test_ctrl_c_at_the_very_end_is_not_lost(during: str, few: cw.Words, tmp_path
         return original(self)
 
     monkeypatch.setattr(ConvolutionRun, during, interrupted)
-    with pytest.raises(training.Interrupted, match="after the last step"):
+    with pytest.raises(Interrupted, match="after the last step"):
         train(config, few, tmp_path)
     monkeypatch.undo()
     resumed = train(config, few, tmp_path, resume=True)
@@ -230,7 +224,8 @@ def test_ctrl_c_at_the_very_end_is_not_lost(during: str, few: cw.Words, tmp_path
 def test_two_processes_cannot_train_in_one_directory(few: cw.Words, tmp_path: Path) -> None:
     pytest.importorskip("fcntl", reason="needs Unix file locks")
     config = Config.make(steps=3, batch=64)
-    with training.locked(tmp_path), pytest.raises(UsageError, match="another process is training"):
+    with Folder(tmp_path).locked() as ours, pytest.raises(UsageError, match="another process is training"):
+        assert ours
         train(config, few, tmp_path)
     train(config, few, tmp_path)
 
@@ -311,7 +306,7 @@ def test_schedules() -> None:
 
 
 def test_configurations_are_checked() -> None:
-    assert Config.make().recipe == "fast"
+    assert Config.make().recipe == FAST
     assert Config.make("mlp3") == Config.make("mlp3", "blog", steps=200_000, batch=32, seed=42)
     assert set(RECIPES) == {"blog", "fast", "record", "sprint", "sprint_wide", "full"}
     assert Config.make().tier == "cpu"
@@ -319,7 +314,7 @@ def test_configurations_are_checked() -> None:
     for arguments, reason in [
         ({"model": "rnn"}, "model: expected one of"),
         ({"recipe": "slow"}, "recipe: expected one of"),
-        ({"model": "mlp3", "recipe": "fast"}, "mlp3 is trained by 'blog' only"),
+        ({"model": "mlp3", "recipe": "fast"}, "mlp3 is trained by SGD on windows only"),
         ({"model": "mlp8", "n_hidden": 5}, "fixed for mlp8"),
         ({"steps": 0}, "steps: expected at least 1, got 0"),
         ({"seed": -1}, "seed: expected at least 0, got -1"),

@@ -1,17 +1,26 @@
-"""What a person sees, all on standard error: a progress bar on a terminal, plain lines elsewhere, tables."""
+"""What a person sees, all on standard error: a progress bar on a terminal, plain lines elsewhere, tables; and JSON.
+
+Importing it imports rich and torch, so commands do it when they run.
+"""
 
 from __future__ import annotations
 
+import argparse
+import json
 import os
 import sys
 import time
 from collections.abc import Sequence
+from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from convwave.train.loop import Config, Reporter
+from convwave.data.packing import Corpus
+from convwave.data.words import load_words
+from convwave.train.config import Config, UsageError
+from convwave.train.loop import Reporter
 
 
 class _Stderr(Console):
@@ -58,7 +67,7 @@ class ConsoleReporter(Reporter):
         self.first, self.positions = done, 0
         self.loss = float("nan")
         self.message(
-            f"training {config.model} ({parameters:,} parameters) by recipe {config.recipe}: "
+            f"training {config.model} ({parameters:,} parameters) by recipe {config.recipe.name}: "
             f"{config.steps:,} steps, seed {config.seed}, {config.device}, tier {config.tier}"
         )
         if self.console.is_terminal:
@@ -100,3 +109,37 @@ class ConsoleReporter(Reporter):
 
     def message(self, text: str) -> None:
         self.console.print(text)
+
+
+def corpus(args: argparse.Namespace) -> Corpus:
+    """The words of ``--data``, announced."""
+    words = load_words(args.data)
+    note = f", {words.blank_lines} blank lines skipped" if words.blank_lines else ""
+    stderr().print(f"data: {words.source}, {len(words.words):,} words{note}")
+    return Corpus(words)
+
+
+def check_device(device: str) -> None:
+    """Raises UsageError for a device that is not there."""
+    import torch
+
+    try:
+        if torch.empty(0, device=device).device.type not in ("cpu", "cuda"):
+            raise UsageError(f"--device: expected cpu or cuda, got {device!r}")
+    except (RuntimeError, AssertionError) as error:
+        raise UsageError(f"--device: {device!r} is not available: {str(error).splitlines()[0]}") from None
+
+
+def print_json(args: argparse.Namespace, value: dict[str, Any]) -> None:
+    """One line on standard output where --json asks for it."""
+    if args.json:
+        write(json.dumps(value, allow_nan=False) + "\n")
+
+
+def write(text: str) -> None:
+    """Write to standard output; a reader that has gone, as in `convwave sample | head`, is no error."""
+    try:
+        sys.stdout.write(text)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

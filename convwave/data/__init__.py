@@ -1,13 +1,13 @@
-"""The data"s way: words, tokens, evaluation graphs, batches."""
+"""The data's way: words, tokens, evaluation graphs, batches."""
 
 from typing import TYPE_CHECKING
 
 from convwave._lazy import attach
 
 if TYPE_CHECKING:
-    from convwave.data.batches import ContextSampler
+    from convwave.data.batches import ContextSampler, Plan, StepReader
     from convwave.data.graph import Graph, dense_graph, distinct_graph, graph_of_windows, select_windows, windowed_graph
-    from convwave.data.packing import Packed, Splits, Vocabulary, pack, pack_ids, split_words
+    from convwave.data.packing import Corpus, Packed, Splits, Vocabulary, pack, pack_ids, split_words
     from convwave.data.words import (
         NAMES_SHA256,
         NAMES_URL,
@@ -23,10 +23,13 @@ __all__ = [
     "NAMES_SHA256",
     "NAMES_URL",
     "ContextSampler",
+    "Corpus",
     "DataError",
     "Graph",
     "Packed",
+    "Plan",
     "Splits",
+    "StepReader",
     "Vocabulary",
     "Words",
     "bundled_words",
@@ -48,6 +51,8 @@ __getattr__, __dir__ = attach(
     {
         "batches": [
             "ContextSampler",
+            "Plan",
+            "StepReader",
         ],
         "graph": [
             "Graph",
@@ -58,6 +63,7 @@ __getattr__, __dir__ = attach(
             "windowed_graph",
         ],
         "packing": [
+            "Corpus",
             "Packed",
             "Splits",
             "Vocabulary",

@@ -1,4 +1,4 @@
-"""What a step reads: contexts drawn from a training text, and parts cut out of its distinct graph.
+"""What a step reads: windows, names or contexts drawn from a training text, and parts cut out of its distinct graph.
 
 A text repeats its contexts: of the 50,457 distinct 8-grams in the training split of names.txt, 270 hold 44 % of its
 182,625 windows, 69 % occur once. A batch of whole names computes the frequent ones in every step and yet counts only
@@ -11,12 +11,14 @@ Shapes: N rows of a level, k taps, V tokens, V' = V rounded up to whole vectors.
 from __future__ import annotations
 
 from bisect import bisect_right
-from typing import NamedTuple
+from collections.abc import Callable
+from functools import cached_property
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
-from convwave.data.graph import Graph
+from convwave.data.graph import Graph, distinct_graph, select_contexts, select_windows
 from convwave.data.packing import Packed
 
 _LANES = 16  # float32 in a vector register; a product with 32 columns takes 0.6 of the time of one with 27
@@ -253,3 +255,127 @@ class ContextBatches(Parts):
         weights = self._weights.index_select(0, kept).mul_(scale)
         targets = self._targets.index_select(0, kept).mul_(scale[:, None])
         return self.part(kept, weights, float(weights.sum()), targets)
+
+
+class Plan(NamedTuple):
+    """What the steps of a training read.
+
+    Attributes:
+        batch_of: "windows" draws single positions with replacement, "names" takes whole names epoch by epoch,
+            "contexts" draws distinct contexts, "text" takes all there is in every step.
+        batch: windows, names or contexts a step; contexts in the first step.
+        steps: how many there will be.
+        seed: of the order of the names, and of the phases of contexts.
+        growth: of batches of contexts, from the first step to the last.
+        context_power: how much more often frequent contexts are drawn.
+        token_noise: share of the letters read of names that are replaced by random ones of the text.
+    """
+
+    batch_of: Literal["windows", "names", "contexts", "text"]
+    batch: int
+    steps: int
+    seed: int
+    growth: float = 1.0
+    context_power: float = 0.0
+    token_noise: float = 0.0
+
+
+class StepReader:
+    """What step i of a training reads, as a graph for autograd or as a `Batch` for the closed form.
+
+    Windows and noise are drawn from `generator`, one step after the other; all else depends on the step's number alone.
+
+    Args:
+        plan: what the steps read.
+        packed: the training text.
+        vocab_size: V.
+        factors: of the network.
+        generator: on the CPU.
+        device: where graphs go; batches stay on the CPU.
+    """
+
+    def __init__(
+        self,
+        plan: Plan,
+        packed: Packed,
+        vocab_size: int,
+        factors: tuple[int, ...],
+        generator: torch.Generator,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        self.plan, self.packed, self.vocab_size, self.factors = plan, packed, vocab_size, factors
+        self.generator, self.device = generator, device
+        self._epoch, self._order = -1, torch.empty(0, dtype=torch.int64)
+
+    @cached_property
+    def everything(self) -> Graph:
+        """The whole text over its distinct subcontexts."""
+        return self._distinct(self.packed)
+
+    def graph(self, i: int) -> Graph:
+        """The graph of step i."""
+        plan, packed = self.plan, self.packed
+        if plan.batch_of == "windows":
+            return self._windows(torch.randint(0, len(packed), (plan.batch,), generator=self.generator))
+        if plan.batch_of == "contexts":
+            return select_contexts(self.everything, *self._sampler(i))
+        if plan.batch_of == "names" and plan.token_noise:
+            return self._distinct(self._noisy(packed.select(self._names(i, min(plan.batch, packed.num_words)))))
+        if self._reads_all:
+            return self.everything
+        # of the graph of all names, the part that these need: half the time of a graph of their own
+        return self._windows(packed.positions(self._names(i, plan.batch))[0])
+
+    def batch(self, i: int) -> Batch:
+        """The batch of step i."""
+        return self._batches(i)
+
+    def count(self, rows: int, total: float) -> int:
+        """Positions that a step predicts, of top rows that count `total` in all; of contexts each row counts once."""
+        return rows if self.plan.batch_of == "contexts" else round(total)
+
+    @property
+    def _reads_all(self) -> bool:
+        return self.plan.batch_of == "text" or self.plan.batch >= self.packed.num_words
+
+    @cached_property
+    def _sampler(self) -> ContextSampler:
+        plan, counts = self.plan, self.everything.weights[-1].cpu()
+        return ContextSampler(
+            counts, plan.batch, round(plan.growth * plan.batch), plan.steps, plan.context_power, plan.seed
+        )
+
+    @cached_property
+    def _batches(self) -> Callable[[int], Batch]:
+        plan = self.plan
+        if plan.batch_of == "contexts":
+            return ContextBatches(self._sampler, self.everything, self.vocab_size)
+        if plan.batch_of == "windows" or plan.token_noise:
+            return lambda i: graph_batch(self.graph(i), self.vocab_size)
+        if self._reads_all:
+            full = graph_batch(self.everything, self.vocab_size)
+            return lambda i: full
+        batches = NameBatches(self.packed, self.everything, self.vocab_size)
+        return lambda i: batches(self._names(i, plan.batch))
+
+    def _distinct(self, packed: Packed) -> Graph:
+        return distinct_graph(packed, factors=self.factors).to(self.device)
+
+    def _windows(self, positions: Tensor) -> Graph:
+        return select_windows(self.everything, positions, self.packed.targets.index_select(0, positions))
+
+    def _names(self, i: int, batch: int) -> Tensor:
+        """Indices of the names of step i."""
+        epoch, part = divmod(i, self.packed.num_words // batch)
+        if epoch != self._epoch:  # the order depends on seed and epoch alone, so resuming needs no more than the step
+            generator = torch.Generator().manual_seed(self.plan.seed * 1_000_003 + epoch)
+            self._epoch, self._order = epoch, torch.randperm(self.packed.num_words, generator=generator)
+        return self._order[part * batch : (part + 1) * batch]
+
+    def _noisy(self, names: Packed) -> Packed:
+        """Names of which some letters read are replaced; what is to be predicted stays."""
+        n = len(names)
+        replace = torch.rand(n, generator=self.generator) < self.plan.token_noise
+        replace &= names.tokens != 0  # the opening 0 is what fills the context
+        random = self.packed.tokens[torch.randint(0, len(self.packed), (n,), generator=self.generator)]
+        return Packed(torch.where(replace, random, names.tokens), names.targets, names.cu_seqlens)

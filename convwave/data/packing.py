@@ -12,12 +12,13 @@ from __future__ import annotations
 import random
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from convwave.data.words import BOUNDARY, DataError
+from convwave.data.words import BOUNDARY, DataError, Words
 
 
 class Vocabulary:
@@ -171,3 +172,41 @@ def pack_ids(words: Iterable[Sequence[int]]) -> Packed:
         raise ValueError(f"words: token ids must be >= 0, got {int(tokens.min())}")
     lengths = torch.tensor([0, *(len(word) + 1 for word in words)], dtype=torch.int64)
     return Packed(tokens, targets, lengths.cumsum(0))
+
+
+class Corpus:
+    """One source of words with its vocabulary, the post's split and the packed splits, each made once when first read.
+
+    Args:
+        words: as `load_words` reads them.
+
+    Attributes:
+        words: in file order, duplicates kept.
+        source, sha256, is_names_txt: those of `Words`.
+    """
+
+    def __init__(self, words: Words) -> None:
+        self.words, self.source, self.sha256 = words.words, words.source, words.sha256
+        self.is_names_txt = words.is_names_txt
+
+    @cached_property
+    def vocabulary(self) -> Vocabulary:
+        """Of all words, so that every split can be packed."""
+        return Vocabulary.from_words(self.words)
+
+    @cached_property
+    def splits(self) -> Splits:
+        """The words of every split; raises DataError where none is left to train on."""
+        return split_words(self.words)
+
+    @cached_property
+    def train(self) -> Packed:
+        return pack(self.splits.train, self.vocabulary)
+
+    @cached_property
+    def val(self) -> Packed:
+        return pack(self.splits.val, self.vocabulary)
+
+    @cached_property
+    def test(self) -> Packed:
+        return pack(self.splits.test, self.vocabulary)

@@ -7,11 +7,8 @@ from __future__ import annotations
 
 import codecs
 import hashlib
-import http.client
 import os
 import unicodedata
-import urllib.error
-import urllib.request
 from pathlib import Path
 from typing import NamedTuple
 
@@ -129,6 +126,10 @@ def fetch_names(url: str = NAMES_URL, directory: str | os.PathLike[str] | None =
     Raises:
         DataError: the download failed, or what came is not the expected file; nothing is written then.
     """
+    import http.client
+    import urllib.error
+    import urllib.request
+
     target = Path(directory or data_directory()) / "names.txt"
     if target.is_file() and hashlib.sha256(target.read_bytes()).hexdigest() == NAMES_SHA256:
         return target

@@ -13,8 +13,6 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-    from convwave.train.loop import Result
-
 BLUE, ORANGE, GREY = "#2563eb", "#d97706", "#6b7280"
 
 
@@ -37,17 +35,15 @@ def loss_csv(curve: Sequence[Block]) -> str:
     return "step,loss\n" + "".join(f"{block.last_step},{block.mean_loss:.6f}\n" for block in curve)
 
 
-def loss_plot(curve: Sequence[Block], path: Path, result: Result) -> None:
-    """Draw the curve of one run with its validation loss to a PNG."""
+def loss_plot(curve: Sequence[Block], path: Path, title: str, val: float | None = None) -> None:
+    """Draw the curve of one run to a PNG, with its validation loss `val` where there is one."""
     figure, axes = _axes()
     axes.plot([b.last_step for b in curve], [b.mean_loss for b in curve], color=BLUE, linewidth=1.2, label="training")
-    val = result.splits["val"].loss
     if val is not None:
         axes.axhline(val, color=ORANGE, linewidth=1, linestyle="--", label=f"validation at the end: {val:.4f}")
     size = curve[0].last_step
-    config = result.config
     axes.set(
-        title=f"{config.model}, recipe {config.recipe}: {result.parameters:,} parameters, {result.seconds:.1f} s",
+        title=title,
         xlabel=f"step (mean of {size})" if size > 1 else "step",
         ylabel="cross-entropy (nats)",
     )

@@ -1,4 +1,4 @@
-"""Where a figure comes from: machine, versions, commit, command."""
+"""The list of runs, and where a figure comes from: machine, versions, commit, command."""
 
 from __future__ import annotations
 
@@ -11,6 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
+from convwave.runs.folder import MODEL_FILE
+
+
+def newest_model(runs: Path) -> Path | None:
+    """The newest model file of all runs in a folder, None where there is none."""
+    return max(runs.glob(f"**/{MODEL_FILE}"), key=lambda file: file.stat().st_mtime, default=None)
 
 
 def provenance(command: str | None = None) -> dict[str, Any]:

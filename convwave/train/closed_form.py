@@ -1,4 +1,4 @@
-"""A training step in closed form: loss, gradients, Muon and Adam of a `ConvWave` without autograd, for a CPU.
+"""Tier "cpu": loss, gradients, Muon and Adam of a `ConvWave` in closed form, without autograd.
 
 The same function as `ConvWave` in training mode, rearranged so that little is left to do:
 
@@ -21,10 +21,13 @@ import torch
 from torch import Tensor
 
 from convwave.data.batches import Batch, padded
+from convwave.data.packing import Packed, Vocabulary
 from convwave.nn import ConvWave
 from convwave.ops.fold import Buffers, fold_head
-from convwave.ops.level import variance_divisor
-from convwave.train.optim import orthogonalize
+from convwave.train.config import Config
+from convwave.train.optim import ADAM_BETA2, orthogonalize
+from convwave.train.setup import convolution, network_state, prefixed, ready, restore_network, without_prefix
+from convwave.train.tiers import Run
 
 
 class ClosedForm:
@@ -102,7 +105,7 @@ class ClosedForm:
             mean = torch.mul(z, w[:, None], out=scratch).sum(0).div_(n)
             z.sub_(mean)
             wz = torch.mul(z, w[:, None], out=buffer(f"wz{level}", N, H))
-            var = torch.mul(wz, z, out=scratch).sum(0).div_(variance_divisor(n, self._unbiased[level]))
+            var = torch.mul(wz, z, out=scratch).sum(0).div_(_variance_divisor(n, self._unbiased[level]))
             rstd = var.add_(self._eps[level]).rsqrt_()
             scale = v[f"blocks.{level}.norm.weight"] * rstd
             inputs.append(x)
@@ -123,7 +126,7 @@ class ClosedForm:
             dbeta = torch.sum(gy, 0, out=g[f"blocks.{level}.norm.bias"])
             dgamma = torch.mul(gy, z, out=z).sum(0).mul_(rstd)
             g[f"blocks.{level}.norm.weight"].copy_(dgamma)
-            correction = dgamma.mul_(rstd).div_(-variance_divisor(n, self._unbiased[level]))
+            correction = dgamma.mul_(rstd).div_(-_variance_divisor(n, self._unbiased[level]))
             gy.addcmul_(wz, correction).addr_(w, dbeta, alpha=-1 / n)  # dz = scale * gy
             dx = g["embedding.weight"] if level == 0 else buffer(f"dh{level % 2}", *below.shape)
             dx.zero_()
@@ -154,6 +157,14 @@ class ClosedForm:
         return loss, torch.mm(p, 2 * self._head_weight, out=self._buffer(f"dh{self.levels % 2}", N, s.shape[1]))
 
 
+def _variance_divisor(total: float, unbiased: bool) -> float:
+    """What a sum of squared deviations is divided by; raises ValueError for too few rows."""
+    if total <= unbiased:
+        kind = "an unbiased" if unbiased else "a"
+        raise ValueError(f"batch: {kind} variance needs a total count above {int(unbiased)}, got {total:g}")
+    return total - unbiased
+
+
 class MuonAdam:
     """`optim.Muon` on the matrices and AdamW on all other parameters of a `ClosedForm`, as recipes ask for.
 
@@ -178,7 +189,7 @@ class MuonAdam:
         adam_lr: float,
         momentum: float = 0.9,
         weight_decay: float = 0.0,
-        betas: tuple[float, float] = (0.9, 0.95),
+        betas: tuple[float, float] = (0.9, ADAM_BETA2),
         orthogonal_steps: int = 5,
         eps: float = 1e-8,
     ) -> None:
@@ -213,7 +224,7 @@ class MuonAdam:
         return {"steps": torch.tensor(self.steps), **adam, **momenta}
 
     def load(self, state: dict[str, Tensor]) -> None:
-        """Take up what `state` gave.
+        """Continue from what `state` returned.
 
         Raises:
             KeyError: something is missing.
@@ -223,3 +234,47 @@ class MuonAdam:
         for name, value in self.state().items():
             if name != "steps":
                 value.copy_(state[name])
+
+
+class ClosedFormRun(Run):
+    """The same batches and the same step as `autograd.ConvolutionRun`, without autograd."""
+
+    def __init__(self, config: Config, train: Packed, vocabulary: Vocabulary) -> None:
+        self.config, recipe = config, config.recipe
+        self.net, self.reader = convolution(config, train, vocabulary)
+        self.form = ClosedForm(self.net)
+        self.optimizer = MuonAdam(
+            self.form,
+            recipe.lr,
+            recipe.adam_lr,
+            recipe.momentum,
+            recipe.weight_decay,
+            (recipe.adam_beta, ADAM_BETA2),
+            recipe.orthogonal_steps,
+        )
+        self.positions = config.batch
+
+    def step(self, i: int) -> float:
+        batch = self.reader.batch(i)
+        self.positions = self.reader.count(batch.weights[-1].numel(), batch.totals[-1])
+        loss = self.form.gradients(batch)
+        self.optimizer.step(self.config.recipe.rate(i, self.config.steps))
+        return loss.item()
+
+    @torch.no_grad()
+    def model(self) -> ConvWave:
+        values = self.form.parameters()
+        for name, parameter in self.net.named_parameters():
+            parameter.copy_(values[name])
+        return self.net
+
+    def finish(self) -> ConvWave:
+        return ready(self.model(), self.reader)
+
+    def state(self) -> dict[str, Tensor]:
+        return network_state(self.model(), self.reader, ()) | prefixed("optimizer", self.optimizer.state())
+
+    def restore(self, state: dict[str, Tensor]) -> None:
+        restore_network(state, self.net, self.reader, ())
+        self.form.load(self.net)
+        self.optimizer.load(without_prefix("optimizer", state))

@@ -14,8 +14,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from convwave.nn import ConvWave
+from convwave.train.recipes import Recipe
+
 # The quintic's coefficients, as published with Muon: steep at 0, and close to 1 on (0.7, 1.2) after five steps.
 _QUINTIC = (3.4445, -4.7750, 2.0315)
+
+ADAM_BETA2 = 0.95  # of Adam's running mean of squared gradients, in every recipe
 
 
 def orthogonalize(matrix: Tensor, steps: int = 5) -> Tensor:
@@ -101,3 +106,16 @@ class Muon(torch.optim.Optimizer):
                 else:
                     p.sub_(update.reshape(p.shape), alpha=rate)
         return result
+
+
+def make_optimizers(recipe: Recipe, net: ConvWave) -> list[torch.optim.Optimizer]:
+    """What a recipe moves a network with: SGD, or Muon for the convolution matrices and AdamW for all else."""
+    if recipe.optimizer == "sgd":
+        return [torch.optim.SGD(net.parameters(), lr=recipe.lr)]
+    matrices = [p for name, p in net.named_parameters() if name.endswith("conv.weight")]
+    rest = [p for name, p in net.named_parameters() if not name.endswith("conv.weight")]
+    decay, betas = recipe.weight_decay, (recipe.adam_beta, ADAM_BETA2)
+    return [
+        Muon(matrices, recipe.lr, recipe.momentum, decay, recipe.orthogonal_steps),
+        torch.optim.AdamW(rest, lr=recipe.adam_lr, betas=betas, weight_decay=decay, fused=True),
+    ]

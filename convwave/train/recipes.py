@@ -1,16 +1,27 @@
-"""How networks are trained: what a step sees, the optimiser, the schedule. A recipe is a value; `training` runs it."""
+"""How networks are trained: what a step reads, the optimiser, the schedule. A recipe is a value; a tier runs it."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
-from typing import Literal
+import math
+import os
+import tomllib
+from collections.abc import Mapping
+from dataclasses import MISSING, dataclass, fields, replace
+from pathlib import Path
+from typing import Any, Literal
+
+OPTIMIZERS, BATCHES = ("sgd", "muon"), ("windows", "names", "contexts", "text")
 
 
 @dataclass(frozen=True)
 class Recipe:
     """One way to train.
 
+    Raises:
+        ValueError: a field of another type or out of range; the message names it, what was expected and what came.
+
     Attributes:
+        name: to tell it from others.
         optimizer: "sgd" is the post's; "muon" is Muon on the convolution matrices and Adam on all else.
         batch_of: "windows" draws single positions with replacement, "names" takes whole names epoch by epoch,
             "contexts" draws distinct contexts, see `batches.ContextSampler`, "text" takes all there is, every time.
@@ -25,6 +36,8 @@ class Recipe:
         orthogonal_steps: Newton-Schulz steps of Muon.
         token_noise: share of the letters read that are replaced by random ones of the training text (what is to be
             predicted stays): smoothing for networks large enough to learn the names by heart.
+        steps: unless a run asks for another number.
+        momentum: of Muon.
         n_embd, n_hidden, levels: the network that the recipe was made for.
     """
 
@@ -47,6 +60,16 @@ class Recipe:
     n_hidden: int = 68
     levels: int = 3
 
+    def __post_init__(self) -> None:
+        for name in _KINDS:
+            object.__setattr__(self, name, _checked(name, getattr(self, name)))
+        if self.token_noise and self.batch_of != "names":
+            raise ValueError(f"token_noise: expected 0 unless batch_of is 'names', got {self.token_noise}")
+        if (self.growth, self.context_power) != (1, 0) and self.batch_of != "contexts":
+            raise ValueError(
+                f"growth, context_power: expected 1 and 0 unless batch_of is 'contexts', not {self.batch_of}"
+            )
+
     def rate(self, step: int, steps: int) -> float:
         """What the learning rates are multiplied by at `step` of `steps`.
 
@@ -57,6 +80,94 @@ class Recipe:
         rise = (step + 1) / max(self.warmup * steps, 1)
         fall = (steps - step) / ((1 - self.warmup) * steps)
         return min(1.0, rise, fall)
+
+
+_KINDS = {field.name: str(field.type) for field in fields(Recipe)}
+_CHOICES = {"optimizer": OPTIMIZERS, "batch_of": BATCHES}
+# smallest value, and where there is one the bound that it must stay below
+_RANGES: dict[str, tuple[float, float]] = {
+    **dict.fromkeys(("steps", "batch", "growth", "orthogonal_steps", "n_embd", "n_hidden", "levels"), (1, math.inf)),
+    **dict.fromkeys(("lr", "adam_lr", "weight_decay", "context_power"), (0, math.inf)),
+    **dict.fromkeys(("adam_beta", "momentum", "warmup", "token_noise"), (0, 1)),
+}
+
+
+def _checked(name: str, value: Any) -> Any:
+    """The value of a field, an int as a float where that is its type."""
+    if name in _RANGES:
+        whole = _KINDS[name] == "int"
+        low, high = _RANGES[name]
+        if isinstance(value, bool) or not isinstance(value, int if whole else int | float):
+            raise ValueError(f"{name}: expected {'a whole number' if whole else 'a number'}, got {value!r}")
+        if not low <= value < high:
+            below = f"below {high:g}" if high < math.inf else "finite"
+            raise ValueError(f"{name}: expected at least {low:g} and {below}, got {value}")
+        return value if whole else float(value)
+    if name in _CHOICES and value not in _CHOICES[name]:
+        raise ValueError(f"{name}: expected one of {', '.join(_CHOICES[name])}, got {value!r}")
+    if not isinstance(value, str):
+        raise ValueError(f"{name}: expected text, got {value!r}")
+    return value
+
+
+def vary(recipe: Recipe, values: Mapping[str, Any]) -> Recipe:
+    """The recipe with other values in some fields; its name tells which, unless they hold one.
+
+    Raises:
+        ValueError: an unknown field, or what `Recipe` refuses.
+    """
+    _refuse_unknown(values)
+    changes = "".join(f"+{name}={value}" for name, value in values.items())
+    return replace(recipe, **{"name": recipe.name + changes, **values}) if values else recipe
+
+
+def parse_field(text: str) -> tuple[str, Any]:
+    """``"adam_lr=0.02"`` as a field of `Recipe` and its value.
+
+    Raises:
+        ValueError: not of this form, an unknown field, or text where a number is expected.
+    """
+    name, equals, value = (part.strip() for part in text.partition("="))
+    if not equals:
+        raise ValueError(f"expected FIELD=VALUE, got {text!r}")
+    _refuse_unknown([name])
+    if name not in _RANGES:
+        return name, _checked(name, value)
+    try:
+        return name, _checked(name, int(value) if _KINDS[name] == "int" else float(value))
+    except ValueError as error:
+        if str(error).startswith(f"{name}:"):
+            raise
+        kind = "a whole number" if _KINDS[name] == "int" else "a number"
+        raise ValueError(f"{name}: expected {kind}, got {value!r}") from None
+
+
+def read_recipe(path: str | os.PathLike[str]) -> Recipe:
+    """The recipe in a TOML file: fields of `Recipe`, and ``base``, the built-in one that has the fields not given.
+
+    Raises:
+        ValueError: no such file, not TOML, or what `vary` and `named` refuse; the message begins with the path.
+    """
+    path = Path(path)
+    try:
+        values = {"name": path.stem, **tomllib.loads(path.read_text(encoding="utf-8"))}
+        if "base" in values:
+            return vary(named(values.pop("base")), values)
+        _refuse_unknown(values)
+        missing = [field.name for field in fields(Recipe) if field.default is MISSING and field.name not in values]
+        if missing:
+            raise ValueError(f"{missing[0]}: expected a value, or a base that has one, got none")
+        return Recipe(**values)
+    except OSError as error:
+        raise ValueError(f"{path}: {error.strerror}") from None
+    except ValueError as error:  # tomllib's and UnicodeDecodeError are of this kind
+        raise ValueError(f"{path}: {error}") from None
+
+
+def _refuse_unknown(names: Mapping[str, Any] | list[str]) -> None:
+    for name in names:
+        if name not in _KINDS:
+            raise ValueError(f"{name}: expected a field of a recipe ({', '.join(_KINDS)})")
 
 
 BLOG = Recipe("blog", "sgd", "windows", steps=200_000, batch=32, lr=0.1)
@@ -124,6 +235,19 @@ FULL = Recipe(
 )
 
 RECIPES = {recipe.name: recipe for recipe in (BLOG, FAST, RECORD, SPRINT, SPRINT_WIDE, FULL)}
+
+
+def named(recipe: str | Recipe) -> Recipe:
+    """The built-in recipe of a name; a recipe is itself.
+
+    Raises:
+        ValueError: no such name.
+    """
+    if isinstance(recipe, Recipe):
+        return recipe
+    if recipe not in RECIPES:
+        raise ValueError(f"recipe: expected one of {', '.join(RECIPES)}, got {recipe!r}")
+    return RECIPES[recipe]
 
 
 @dataclass(frozen=True)

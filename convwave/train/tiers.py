@@ -2,7 +2,8 @@
 
 Every tier runs the same recipe on the same batches and ends at the same losses, up to the noise between seeds. For a
 given seed, device and tier the weights are the same bits every time (on a GPU not for batches of contexts, whose
-weights are added up in any order); from tier to tier they differ by rounding, which a few steps make visible.
+weights are added up in any order); from tier to tier they differ by rounding, which a few steps make visible. A tier
+names its file as text, which is loaded when the tier is asked for; tiers never import one another.
 
 | tier | what runs | where |
 |---|---|---|
@@ -13,49 +14,86 @@ weights are added up in any order); from tier to tier they differ by rounding, w
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
-from convwave.train.recipes import RECIPES
+from convwave._lazy import load
+from convwave.train.recipes import Recipe, named
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from convwave.data.packing import Packed, Vocabulary
+    from convwave.nn import ConvWave
+    from convwave.train.config import Config
+
+
+class Run(Protocol):
+    """A training under way: what every tier implements."""
+
+    block: int = 1  # steps that it can do before it has to wait for their losses
+    positions: int  # predicted by the last step
+
+    def step(self, i: int) -> float:
+        """Do step `i`, return its loss."""
+
+    def steps(self, first: int, stop: int) -> list[float]:
+        """Do steps `first` to ``stop - 1``, return their losses."""
+        return [self.step(i) for i in range(first, stop)]
+
+    def finish(self) -> ConvWave:
+        """The trained network, ready to evaluate."""
+
+    def model(self) -> ConvWave:
+        """The network as it is now, a copy or itself."""
+
+    def state(self) -> dict[str, Tensor]:
+        """Everything that the next step depends on."""
+
+    def restore(self, state: dict[str, Tensor]) -> None:
+        """Continue from what `state` returned."""
 
 
 class Tier(NamedTuple):
     """What a tier can train.
 
     Attributes:
+        begin: ``"module:name"`` of what makes a `Run` of a `Config`, the packed training words and their vocabulary.
         device: type of the device that it runs on, None for any.
-        models: names in `training.MODELS`, None for any.
+        models: names in `config.MODELS`, None for any.
         optimizers, batches: `optimizer` and `batch_of` of `recipes.Recipe`, None for any.
     """
 
+    begin: str
     device: str | None = None
     models: tuple[str, ...] | None = None
     optimizers: tuple[str, ...] | None = None
     batches: tuple[str, ...] | None = None
 
-    def runs(self, model: str, recipe: str, device: str) -> bool:
+    def runs(self, model: str, recipe: Recipe, device: str) -> bool:
         """Whether it trains this model by this recipe on this device."""
         return (
             self.device in (None, device.partition(":")[0])
             and (self.models is None or model in self.models)
-            and (self.optimizers is None or RECIPES[recipe].optimizer in self.optimizers)
-            and (self.batches is None or RECIPES[recipe].batch_of in self.batches)
+            and (self.optimizers is None or recipe.optimizer in self.optimizers)
+            and (self.batches is None or recipe.batch_of in self.batches)
         )
 
 
 # the fastest first
 TIERS = {
-    "cuda-graph": Tier("cuda", ("convwave",), ("muon",), ("text",)),
-    "cpu": Tier("cpu", ("convwave",), ("muon",)),
-    "reference": Tier(),
+    "cuda-graph": Tier("convwave.train.cuda_graph:GraphedRun", "cuda", ("convwave",), ("muon",), ("text",)),
+    "cpu": Tier("convwave.train.closed_form:ClosedFormRun", "cpu", ("convwave",), ("muon",)),
+    "reference": Tier("convwave.train.autograd:begin"),
 }
 
 
-def available_tiers(model: str = "convwave", recipe: str = "fast", device: str = "cpu") -> list[str]:
+def available_tiers(model: str = "convwave", recipe: str | Recipe = "fast", device: str = "cpu") -> list[str]:
     """The tiers that train a model by a recipe on a device, the fastest first."""
-    return [name for name, tier in TIERS.items() if tier.runs(model, recipe, device)]
+    chosen = named(recipe)
+    return [name for name, tier in TIERS.items() if tier.runs(model, chosen, device)]
 
 
-def choose_tier(tier: str, model: str, recipe: str, device: str) -> str:
+def choose_tier(tier: str, model: str, recipe: str | Recipe, device: str) -> str:
     """The tier that a name means: "auto" is the fastest there is.
 
     Raises:
@@ -67,7 +105,18 @@ def choose_tier(tier: str, model: str, recipe: str, device: str) -> str:
     if tier not in TIERS:
         raise ValueError(f"tier: expected auto or one of {', '.join(TIERS)}, got {tier!r}")
     if tier not in available:
-        raise ValueError(
-            f"tier: expected one of {', '.join(available)} for {model} by recipe {recipe} on {device}, got {tier!r}"
-        )
+        by = f"{model} by recipe {named(recipe).name} on {device}"
+        raise ValueError(f"tier: expected one of {', '.join(available)} for {by}, got {tier!r}")
     return tier
+
+
+def begin(config: Config, train: Packed, vocabulary: Vocabulary) -> Run:
+    """The run of a configuration, before its first step.
+
+    Args:
+        config: what and how; `config.tier` says which file trains it.
+        train: the words to train on.
+        vocabulary: theirs.
+    """
+    run: Run = load(TIERS[config.tier].begin)(config, train, vocabulary)
+    return run

@@ -1,0 +1,194 @@
+"""The commands that use a trained network: ``evaluate``, ``sample`` and ``verify``."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from pathlib import Path
+
+import torch
+
+from convwave.cli.console import check_device, corpus, number, print_json, stderr, table, write
+from convwave.data.packing import Corpus, Vocabulary
+from convwave.data.words import DataError
+from convwave.files import CheckpointError, write_atomic
+from convwave.infer import generate
+from convwave.infer.score import EvaluationSet
+from convwave.nn import ConvWave, load
+from convwave.ops.library import available_backends
+from convwave.runs.folder import MODEL_FILE, RUNS
+from convwave.runs.registry import device_name, newest_model, provenance
+from convwave.train.config import Config, UsageError
+from convwave.train.loop import train
+
+
+def evaluate(args: argparse.Namespace) -> None:
+    """``convwave evaluate``."""
+    check_device(args.device)
+    path, model = _load(args)
+    started = time.perf_counter()
+    words = corpus(args)
+    same = _trained_on(model, path, words)
+    prepared = EvaluationSet(words.splits, _vocabulary(model, path), model.factors, args.device)
+    ready = time.perf_counter()
+    splits = prepared.losses(model.to(args.device))
+    seconds = time.perf_counter() - ready
+    rows = [[name, number(split.loss), f"{split.positions:,}"] for name, split in splits.items()]
+    console = stderr()
+    console.print(table(f"Loss of {path} in nats", ["split", "loss", "positions"], rows))
+    console.print(f"prepared in {1000 * (ready - started):.0f} ms, evaluated in {1000 * seconds:.0f} ms")
+    print_json(
+        args,
+        {
+            "checkpoint": str(path),
+            "data": words.source,
+            "trained_on_this_data": same,
+            "splits": {name: split._asdict() for name, split in splits.items()},
+            "seconds": seconds,
+            "prepare_seconds": ready - started,
+        },
+    )
+
+
+def sample(args: argparse.Namespace) -> None:
+    """``convwave sample``."""
+    check_device(args.device)
+    if args.count < 0:
+        raise UsageError(f"--count: expected at least 0, got {args.count}")
+    if not 0 <= args.seed < 2**63:
+        raise UsageError(f"--seed: expected 0 to 2**63 - 1, got {args.seed}")
+    path, model = _load(args)
+    vocabulary = _vocabulary(model, path)
+    words = corpus(args)
+    same = _trained_on(model, path, words)
+    started = time.perf_counter()
+    try:
+        names = generate.sample(
+            model.to(args.device),
+            args.count,
+            seed=args.seed,
+            prefix=args.prefix,
+            temperature=args.temperature,
+            top_k=args.top_k,
+            max_length=args.max_length,
+            vocabulary=vocabulary,
+        )
+    except DataError as error:
+        raise UsageError(f"--prefix: {error}") from None
+    except ValueError as error:
+        raise UsageError(str(error)) from None
+    seconds = time.perf_counter() - started
+    train_set, val_set = set(words.splits.train), set(words.splits.val)
+    status = ["train" if name in train_set else "val" if name in val_set else "new" for name in names]
+    if not args.json:
+        write("".join(f"{name}\t{mark}\n" for name, mark in zip(names, status, strict=True)))
+    new = status.count("new")
+    stderr().print(f"{len(names):,} names in {seconds:.2f} s ({len(names) / seconds:,.0f}/s), {new:,} of them new")
+    print_json(
+        args,
+        {
+            "checkpoint": str(path),
+            "trained_on_this_data": same,
+            "names": [{"name": name, "status": mark} for name, mark in zip(names, status, strict=True)],
+            "seconds": seconds,
+        },
+    )
+
+
+def verify(args: argparse.Namespace) -> int:
+    """``convwave verify``; 1 where a check fails."""
+    from convwave.verify.certificate import Check, weights_sha256
+    from convwave.verify.certificate import verify as checks_of
+
+    check_device(args.device)
+    args.out.mkdir(parents=True, exist_ok=True)
+    words = corpus(args)
+    networks: dict[str, ConvWave] = {}
+    if args.checkpoint is not None:
+        path, model = _load(args)
+        networks[str(path)] = model
+        vocabulary = _vocabulary(model, path)
+    else:
+        vocabulary = words.vocabulary
+        torch.manual_seed(args.seed)
+        networks["fresh"] = ConvWave(len(vocabulary), vocabulary=vocabulary)
+        networks["trained"] = train(Config.make(steps=60, seed=args.seed), words).model
+    console = stderr()
+    started = time.perf_counter()
+    checks: list[Check] = []
+    for name, model in networks.items():
+        label = name if args.checkpoint is None else ""
+        for check in checks_of(model, words.splits, vocabulary, network=label, device=args.device, seed=args.seed):
+            checks.append(check)
+            if console.is_terminal:
+                console.print(f"{'ok    ' if check.passed else 'FAILED'} {check.name}")
+    seconds = time.perf_counter() - started
+    rows = [
+        [
+            check.name,
+            check.compared,
+            *(f"{value:.1e}" for value in (check.max_abs_error, check.relative_error, check.bound)),
+            check.origin,
+            "pass" if check.passed else "FAIL",
+        ]
+        for check in checks
+    ]
+    columns = [
+        "check",
+        "what is compared",
+        "max abs error",
+        "relative to f64",
+        "bound",
+        "where the bound comes from",
+        "result",
+    ]
+    console.print(table("The convolution against the windowed network", columns, rows))
+    failed = [check for check in checks if not check.passed]
+    for check in failed:
+        console.print(f"FAILED {check.name}: {check.compared}; first at {check.where or 'no single place'}")
+    console.print(f"{len(checks) - len(failed)} of {len(checks)} checks passed in {seconds:.1f} s")
+    certificate = {
+        "passed": not failed,
+        "seconds": seconds,
+        "networks": {
+            name: {"config": model.config(), "weights_sha256": weights_sha256(model)}
+            for name, model in networks.items()
+        },
+        "data": Path(words.source).name,
+        "data_sha256": words.sha256,
+        "device": device_name(args.device),
+        "backends": available_backends(),
+        "provenance": provenance(args.command_line),
+        "checks": [check.to_json() for check in checks],
+    }
+    print_json(args, certificate)
+    write_atomic(args.out / "certificate.json", (json.dumps(certificate, indent=2) + "\n").encode())
+    console.print(f"certificate {args.out / 'certificate.json'}")
+    return 1 if failed else 0
+
+
+def _trained_on(model: ConvWave, path: Path, words: Corpus) -> bool | None:
+    """Whether this is the text that the model was trained on, None where that is unknown; says so when it is not."""
+    if model.data_sha256 is None:
+        return None
+    if model.data_sha256 != words.sha256:
+        stderr().print(f"note: {path} was trained on another text; train and val below are the split of {words.source}")
+    return model.data_sha256 == words.sha256
+
+
+def _load(args: argparse.Namespace) -> tuple[Path, ConvWave]:
+    path = args.checkpoint
+    if path is None:
+        path = newest_model(RUNS)
+        if path is None:
+            raise UsageError(f"checkpoint: none given and no {RUNS}/**/{MODEL_FILE} here; run 'convwave train' first")
+    elif path.is_dir():
+        path = path / MODEL_FILE
+    return path, load(path)
+
+
+def _vocabulary(model: ConvWave, path: Path) -> Vocabulary:
+    if model.vocabulary is None:
+        raise CheckpointError(f"{path}: was saved without a vocabulary")
+    return model.vocabulary

@@ -1,0 +1,102 @@
+"""Tier "reference": steps by autograd, of the post's windowed networks and of the convolution."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from convwave import reference
+from convwave.convert import from_windowed, to_windowed
+from convwave.data.packing import Packed, Vocabulary
+from convwave.nn import ConvWave
+from convwave.ops import functional
+from convwave.train.config import Config
+from convwave.train.optim import make_optimizers
+from convwave.train.recipes import PUBLISHED
+from convwave.train.setup import (
+    convolution,
+    network_state,
+    prefixed,
+    ready,
+    restore_network,
+    windowed_network,
+    without_prefix,
+)
+from convwave.train.tiers import Run
+
+
+def begin(config: Config, train: Packed, vocabulary: Vocabulary) -> Run:
+    """The run of a configuration, before its first step."""
+    kind = WindowedRun if config.model in PUBLISHED else ConvolutionRun
+    return kind(config, train, vocabulary)
+
+
+class WindowedRun(Run):
+    """The post's own loop: random windows, the from-scratch network, plain SGD."""
+
+    def __init__(self, config: Config, train: Packed, vocabulary: Vocabulary) -> None:
+        self.config = config
+        self.windows = reference.build_windows(train, math.prod(config.factors))
+        self.windows = reference.Windows(*(t.to(config.device) for t in self.windows))
+        self.generator = torch.Generator().manual_seed(config.seed)
+        self.mlp = windowed_network(config, len(vocabulary), self.generator).to(config.device)
+        self.positions = config.batch
+
+    def step(self, i: int) -> float:
+        ix = torch.randint(0, len(self.windows.targets), (self.config.batch,), generator=self.generator)
+        ix = ix.to(self.windows.targets.device)
+        lr = self.config.recipe.lr * self.config.recipe.rate(i, self.config.steps)
+        return reference.sgd_step(self.mlp, self.windows.inputs[ix], self.windows.targets[ix], lr)
+
+    def finish(self) -> ConvWave:
+        return self.model().eval()
+
+    def model(self) -> ConvWave:
+        return from_windowed(self.mlp)
+
+    def state(self) -> dict[str, Tensor]:
+        return {"generator": self.generator.get_state(), **prefixed("model", self.model().state_dict())}
+
+    def restore(self, state: dict[str, Tensor]) -> None:
+        model = self.model()
+        model.load_state_dict(without_prefix("model", state))
+        self.mlp = to_windowed(model).to(self.config.device)
+        self.generator.set_state(state["generator"])
+
+
+class ConvolutionRun(Run):
+    """The convolution, on whole names, on contexts, on the text, or on the post's random windows fed as counts."""
+
+    def __init__(self, config: Config, train: Packed, vocabulary: Vocabulary) -> None:
+        self.config = config
+        self.net, self.reader = convolution(config, train, vocabulary)
+        self.optimizers = make_optimizers(config.recipe, self.net)
+        self.positions = config.batch
+
+    def step(self, i: int) -> float:
+        graph = self.reader.graph(i)
+        self.positions = self.reader.count(graph.num_rows, graph.totals[-1])
+        rate = self.config.recipe.rate(i, self.config.steps)
+        loss = functional.loss(self.net(graph), graph)
+        for optimizer in self.optimizers:
+            optimizer.zero_grad()
+        loss.backward()
+        for optimizer in self.optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = group.setdefault("base_lr", group["lr"]) * rate
+            optimizer.step()
+        return loss.item()
+
+    def finish(self) -> ConvWave:
+        return ready(self.net, self.reader)
+
+    def model(self) -> ConvWave:
+        return self.net
+
+    def state(self) -> dict[str, Tensor]:
+        return network_state(self.net, self.reader, self.optimizers)
+
+    def restore(self, state: dict[str, Tensor]) -> None:
+        restore_network(state, self.net, self.reader, self.optimizers)

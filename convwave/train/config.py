@@ -1,0 +1,128 @@
+"""What is trained and how, and how that can be refused or end."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from convwave.train.recipes import BLOG, PUBLISHED, Recipe, named
+from convwave.train.tiers import choose_tier
+
+MODELS = ("convwave", *PUBLISHED)
+
+
+class UsageError(ValueError):
+    """Arguments that do not go together; the message is one line."""
+
+
+class Diverged(RuntimeError):
+    """The loss or the weights are no longer finite."""
+
+
+class Interrupted(RuntimeError):
+    """The user asked to stop; the state is saved."""
+
+
+@dataclass(frozen=True)
+class Config:
+    """What is trained and how. Two runs of equal configuration on equal data and machine give equal weights.
+
+    Attributes:
+        model: "convwave", or one of the post's windowed networks: "mlp3", "mlp8", "hierarchical".
+        recipe: a value, so that any field can be varied.
+        steps, batch: of the recipe unless given.
+        seed: of weights and batches; the windowed networks draw both from one generator, as the post does.
+        tier: of `tiers.TIERS`: which implementation trains it.
+    """
+
+    model: str
+    recipe: Recipe
+    steps: int
+    batch: int
+    seed: int
+    n_embd: int
+    n_hidden: int
+    levels: int
+    device: str = "cpu"
+    tier: str = "reference"
+
+    @classmethod
+    def make(
+        cls,
+        model: str = "convwave",
+        recipe: str | Recipe | None = None,
+        *,
+        steps: int | None = None,
+        batch: int | None = None,
+        seed: int | None = None,
+        n_embd: int | None = None,
+        n_hidden: int | None = None,
+        levels: int | None = None,
+        device: str | None = None,
+        tier: str | None = None,
+    ) -> Config:
+        """Fill in what is None from the recipe; the tier is the fastest of this device unless given.
+
+        Raises:
+            UsageError: an unknown name, a number out of range, or a recipe or a tier that does not train this network.
+        """
+        if model not in MODELS:
+            raise UsageError(f"model: expected one of {', '.join(MODELS)}, got {model!r}")
+        device = device or "cpu"
+        try:
+            chosen = named(recipe or ("fast" if model == "convwave" else "blog"))
+            if model in PUBLISHED and (chosen.optimizer, chosen.batch_of) != ("sgd", "windows"):
+                raise UsageError(
+                    f"recipe: {model} is trained by sgd on windows only, as 'blog' does, got {chosen.name!r}"
+                )
+            tier = choose_tier(tier or "auto", model, chosen, device)
+        except ValueError as error:
+            raise UsageError(str(error)) from None
+        width, depth = chosen.n_hidden, chosen.levels
+        if model in PUBLISHED:
+            network = (chosen.n_embd, chosen.n_hidden, chosen.levels)
+            if {n_embd, n_hidden, levels} != {None} or network != (BLOG.n_embd, BLOG.n_hidden, BLOG.levels):
+                raise UsageError(f"n_embd, n_hidden, levels: fixed for {model}, they are the post's")
+            width, depth = PUBLISHED[model].n_hidden, len(PUBLISHED[model].factors)
+        config = cls(
+            model=model,
+            recipe=chosen,
+            steps=chosen.steps if steps is None else steps,
+            batch=chosen.batch if batch is None else batch,
+            seed=(42 if chosen.batch_of == "windows" else 0) if seed is None else seed,
+            n_embd=chosen.n_embd if n_embd is None else n_embd,
+            n_hidden=width if n_hidden is None else n_hidden,
+            levels=depth if levels is None else levels,
+            device=device,
+            tier=tier,
+        )
+        if batch is not None and chosen.batch_of == "text":
+            raise UsageError(f"batch: recipe {chosen.name!r} reads the whole text in every step, got {batch}")
+        if config.batch < 2 and chosen.batch_of == "windows":
+            raise UsageError("batch: expected at least 2 windows, the variance of one is not defined, got 1")
+        if config.seed >= 2**63:
+            raise UsageError(f"seed: expected below 2**63, got {config.seed}")
+        for name, low in {"steps": 1, "batch": 1, "n_embd": 1, "n_hidden": 1, "levels": 1, "seed": 0}.items():
+            if getattr(config, name) < low:
+                raise UsageError(f"{name}: expected at least {low}, got {getattr(config, name)}")
+        if config.levels > 12:
+            raise UsageError(f"levels: expected at most 12 (a context of 4096), got {config.levels}")
+        return config
+
+    @classmethod
+    def from_json(cls, values: dict[str, Any]) -> Config:
+        """The configuration that ``dataclasses.asdict`` gave `values` of.
+
+        Raises:
+            KeyError, TypeError, ValueError: something is missing, unknown or out of range.
+        """
+        return cls(**{**values, "recipe": Recipe(**values["recipe"])})
+
+    def summary(self) -> dict[str, Any]:
+        """Plain JSON values; `recipe` is its name, `recipe_fields` all of it."""
+        values = asdict(self)
+        return {**values, "recipe": self.recipe.name, "recipe_fields": values["recipe"]}
+
+    @property
+    def factors(self) -> tuple[int, ...]:
+        return PUBLISHED[self.model].factors if self.model in PUBLISHED else (2,) * self.levels
