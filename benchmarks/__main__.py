@@ -1,4 +1,4 @@
-"""`python -m benchmarks`, the command behind `convwave bench`: run studies, show and write them; or make their report."""
+"""`python -m benchmarks`, the command behind `convwave bench`: run studies, or make the report of what they wrote."""
 
 from __future__ import annotations
 
@@ -125,9 +125,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--budget", type=float, metavar="S", help="seconds for all studies; the rest is not measured")
     p.add_argument("--bundle", action="store_true", help=f"all studies in one {BUNDLE} and one PNG")
     p.add_argument("--report", action="store_true", help="measure nothing: make the page and the README's tables")
-    p.add_argument(
-        "--data", type=Path, metavar="FILE", help="one word a line (default: names.txt, or the bundled list)"
-    )
+    p.add_argument("--data", type=Path, metavar="FILE", help="one word a line (default: names.txt or the bundled list)")
     p.add_argument("--json", action="store_true", help="one JSON object as the last line of standard output")
     return p
 

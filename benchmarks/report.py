@@ -14,6 +14,7 @@ import json
 import math
 import re
 import statistics
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from html import escape
 from pathlib import Path
@@ -86,10 +87,10 @@ def cells(document: Document) -> list[list[str]]:
     places = dict.fromkeys((row["mode"], row["x_name"], row["x"]) for row in document["rows"])
     for where in places:
         here = [row for row in document["rows"] if (row["mode"], row["x_name"], row["x"]) == where]
-        lines.append([place(*where), *[""] * (len(METRICS) + 2)])
+        lines.append([place(*where), *[""] * (len(METRICS) + 3)])
         for provider in dict.fromkeys(row["provider"] for row in here):
             lines.append([f"  {provider}", *_cells([row for row in here if row["provider"] == provider])])
-    heads = ["", "median (5 % to 95 %)", *METRICS.values(), ""]
+    heads = ["", "median (5 % to 95 %)", *METRICS.values(), "", "note"]
     used = [i for i in range(len(heads)) if i < 2 or any(line[i] for line in lines)]
     return [[line[i] for i in used] for line in [heads, *lines]]
 
@@ -107,24 +108,30 @@ def _cells(rows: Rows) -> list[str]:
         unit = {"speedup": " x", "peak_bytes": "B", "bytes_per_position": "B"}.get(metric, "")
         return (duration(value) if metric.endswith("_seconds") else short_number(value) + unit) + mark
 
-    shown = (
-        "" if time is None else f"{duration(time['median'])} ({duration(time['p05'])} to {duration(time['p95'])}){mark}"
-    )
+    shown = ""
+    if time is not None:
+        value, unit = duration(time["median"]).split()
+        scale = float(value) / time["median"]
+        shown = f"{value} ({scale * time['p05']:.3g} to {scale * time['p95']:.3g}) {unit}{mark}"
     more = [f"{short_number(by[m]['median'])} {unit or by[m]['unit']}".strip() for m, unit in MORE.items() if m in by]
     more += [by["right"]["note"]] if "right" in by else []
-    for row in rows:
-        if row["status"] != "ok":
-            error = "" if row["error"] is None else f" by {row['error']:.1e}"
-            shown = shown or row["status"]
-            more.append(row["note"] + error * (row["status"] == "wrong"))
-    return [shown, *(number(metric) for metric in METRICS), ", ".join(more)]
+    failed = [row for row in rows if row["status"] != "ok"]
+    errors = [f" by {row['error']:.1e}" if row["error"] is not None else "" for row in failed]
+    notes = [f"{row['note']}{error}" for row, error in zip(failed, errors, strict=True)]
+    shown = shown or next((row["status"] for row in failed), "")
+    return [shown, *(number(metric) for metric in METRICS), ", ".join(more), "; ".join(notes)]
 
 
 def show(document: Document, console: Console) -> None:
     """The table of a study, and whether the machine was quiet enough."""
     head, *lines = cells(document)
-    found = table(f"{document['study']} on {document['provenance']['device']}", head, lines)
+    end = len(head) - (head[-1] == "note")  # reasons would widen the table: they stand below it
+    found = table(
+        f"{document['study']} on {document['provenance']['device']}", head[:end], [line[:end] for line in lines]
+    )
     console.print(found, width=min(console.width, WIDTH))
+    for reason in dict.fromkeys(line[-1] for line in lines if line[end:] not in ([], [""])):
+        console.print(f"{', '.join(dict.fromkeys(line[0].strip() for line in lines if line[-1] == reason))}: {reason}")
     timed = sum(row["metric"] == "seconds" and row["n"] > 1 for row in document["rows"])
     if document["noisy"]:
         noisy = f"{len(document['noisy'])} of {timed} times"
@@ -139,7 +146,7 @@ MOST_BARS = 14  # of one group; the smaller ones share a line
 
 
 def draw(documents: Iterable[Document], kind: str) -> bytes:
-    """All pictures of some studies, two in a row, as "png" or "svg"; nothing where there is no number or no matplotlib."""
+    """All pictures of some studies, two in a row, as "png" or "svg"; empty without numbers or without matplotlib."""
     chosen = [
         (document, picture, rows)
         for document in documents
@@ -153,8 +160,8 @@ def draw(documents: Iterable[Document], kind: str) -> bytes:
 
     columns = min(2, len(chosen))
     with mpl.rc_context({"svg.fonttype": "none", "svg.hashsalt": chosen[0][0]["study"], "font.size": 9}):
-        bars = [len(rows) for _, picture, rows in chosen if picture.kind == "bars"]
-        height = max([4.0, 0.27 * min(max(bars, default=0), 2 * MOST_BARS + 4) + 1])
+        bars = [len(_grouped(rows, defaultdict(str))) for _, p, rows in chosen if p.kind == "bars"]
+        height = max(0.27 * max(bars, default=0) + 1, 4.0 if len(bars) < len(chosen) else 1.0)
         canvas = Figure(figsize=(6.4 * columns, height * math.ceil(len(chosen) / columns)), layout="constrained")
         grid = canvas.subplots(math.ceil(len(chosen) / columns), columns, squeeze=False)
         for axes in grid.flat[len(chosen) :]:
@@ -198,32 +205,36 @@ def _lines(axes: Any, picture: Picture, rows: Rows, colours: Mapping[str, str]) 
     axes.legend(fontsize=8, framealpha=0.7, edgecolor="none")
 
 
-def _bars(axes: Any, picture: Picture, rows: Rows, colours: Mapping[str, str]) -> None:
-    """A group for every x, its bars from the largest to the smallest."""
-    groups: dict[str, list[tuple[str, float, str]]] = {}
+def _grouped(rows: Rows, colours: Mapping[str, str]) -> list[tuple[str, float | None, str]]:
+    """Label, length, colour of every bar; without a length the head of a group, which has one x, largest bar first."""
+    groups: dict[str, list[tuple[str, float | None, str]]] = {}
     for row in rows:
         named = isinstance(row["x"], str)  # bars of one provider, told apart by x
-        group = picture.label if named or row["x"] is None else f"{row['x']:,} {row['x_name']}"
+        group = "" if named or row["x"] is None else f"{row['x']:,} {row['x_name']}"
         label = row["x"] if named else row["provider"]
         groups.setdefault(group, []).append((label, row["median"], colours[row["provider"]]))
-    labels: list[str] = []
+    lines: list[tuple[str, float | None, str]] = []
     for group, bars in groups.items():
-        bars.sort(key=lambda bar: -bar[1])
-        if len(bars) > MOST_BARS or bars[-1][1] == 0:
-            kept = [bar for bar in bars[:MOST_BARS] if bar[1] > 0]
-            rest = bars[len(kept) :]
-            bars = [*kept, (f"the other {len(rest)}, each at most", rest[0][1], COLOURS[-1])] if rest else kept
-        labels += [group] * (len(groups) > 1)
-        for label, value, colour in bars:
-            axes.barh(len(labels), value, color=colour, height=0.7)
-            text = f" {short_number(value)}"
-            axes.annotate(text, (value, len(labels)), va="center", fontsize=8)
-            labels.append(label)
-    axes.set_yticks(range(len(labels)), labels, fontsize=8)
-    for tick, label in zip(axes.get_yticklabels(), labels, strict=True):
-        tick.set_fontweight("bold" if label in groups else "normal")
-    axes.invert_yaxis()
+        bars.sort(key=lambda bar: -(bar[1] or 0.0))
+        kept = [bar for bar in bars[:MOST_BARS] if bar[1]]
+        rest = bars[len(kept) :]
+        lines += [(group, None, "")] * (len(groups) > 1) + kept
+        lines += [(f"the other {len(rest)}, each at most", rest[0][1], COLOURS[-1])] if rest else []
+    return lines
+
+
+def _bars(axes: Any, picture: Picture, rows: Rows, colours: Mapping[str, str]) -> None:
+    """A group for every x, its bars from the largest to the smallest."""
+    lines = _grouped(rows, colours)
+    for y, (_, value, colour) in enumerate(lines):
+        if value is not None:
+            axes.barh(y, value, color=colour, height=0.7)
+            axes.annotate(f" {short_number(value)}", (value, y), va="center", fontsize=8)
+    axes.set_yticks(range(len(lines)), [label for label, _, _ in lines], fontsize=8)
+    for tick, (_, value, _) in zip(axes.get_yticklabels(), lines, strict=True):
+        tick.set_fontweight("bold" if value is None else "normal")
     axes.margins(x=0.15)
+    axes.set_ylim(len(lines) - 0.4, -0.6)
     axes.tick_params(axis="y", length=0)
     axes.xaxis.set_major_formatter(lambda value, _: short_number(value))
     axes.set(xlabel=picture.label)

@@ -223,7 +223,7 @@ def headlines(documents: Documents) -> list[tuple[str, str, str]]:
 
 
 def differences(first: Path, second: Path) -> list[tuple[float, bool, str]]:
-    """Of every time that both folders hold: how far its medians are apart, whether it was noisy, which; largest first."""
+    """Of every time in both folders: how far its medians are apart, whether it was noisy, which; largest first."""
     before, after = _times(first), _times(second)
     found = []
     for where in before.keys() & after.keys():

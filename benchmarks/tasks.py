@@ -68,7 +68,7 @@ def work_of(
     gradients: Callable[[], Results] = dict,
     gradient: Tensor | None = None,
 ) -> Work:
-    """Forward without gradients, or forward and backward from `gradient`; the result is what `show` and `gradients` say."""
+    """Forward without gradients, or forward and backward from `gradient`; `show` and `gradients` name the result."""
     if not training:
         inference = torch.no_grad()(forward)
         return Work(inference, lambda: show(inference()))

@@ -115,7 +115,11 @@ def to_windowed(model: ConvWave) -> reference.Sequential:
     parts = _of_reference(mlp)
     for block, level in zip(model.layers, parts.levels, strict=True):
         assert isinstance(level.norm, reference.BatchNorm1d)
-        level.norm.eps, level.norm.momentum, level.norm.unbiased = block.norm.eps, block.norm.momentum, model.unbiased
+        level.norm.eps, level.norm.momentum, level.norm.unbiased = (
+            block.norm.eps,
+            block.norm.momentum,
+            block.norm.unbiased,
+        )
     _copy_into(parts, model)
     return mlp.train(model.training)
 
@@ -131,7 +135,7 @@ def to_torch(model: ConvWave) -> nn.Sequential:
             with ``statistics="positions"``.
     """
     _check_statistics(model)
-    if model.unbiased:
+    if any(block.norm.unbiased for block in model.layers):
         raise ConversionError("model: normalises with the unbiased variance, nn.BatchNorm1d with the biased one")
     layers: list[nn.Module] = [nn.Embedding(model.vocab_size, model.n_embd), nn.Flatten(0, 1)]
     for block in model.layers:

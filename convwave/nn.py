@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, Literal, TypeVar, cast
 
 import torch
@@ -18,11 +19,24 @@ from convwave.data.packing import Vocabulary
 from convwave.files import CheckpointError, read_tensors, write_tensors
 from convwave.ops import functional, naive
 from convwave.ops.functional import Layout
-from convwave.ops.library import PRECISIONS, choose_backend, runs_kernels
+from convwave.ops.level import Level, check_total, track
+from convwave.ops.library import PRECISIONS, choose_backend, conv_stack, runs_kernels
 
 Statistics = Literal["windows", "positions"]
-_T = TypeVar("_T", int, float)
+_T = TypeVar("_T", bool, int, float)
 MODEL_FORMAT = "convwave.model.1"
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode for a while; every module gets its own mode back, also where they differ."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
 
 
 class CausalConv1d(nn.Module):
@@ -48,44 +62,131 @@ class CausalConv1d(nn.Module):
 
     def forward(self, h: Tensor, taps: Tensor) -> Tensor:
         """(N', C), (k, N) -> (N, H)."""
-        return naive.gather_conv(h, self.weight, taps)
+        return naive.conv(h, self.weight.to(h.dtype), taps)
 
     def extra_repr(self) -> str:
         return f"{self.in_channels}, {self.out_channels}, kernel_size={self.kernel_size}, dilation={self.dilation}"
 
 
 class BatchNorm(nn.Module):
-    """BatchNorm over rows that carry multiplicities; see `naive.batch_norm`."""
+    """BatchNorm over rows that carry multiplicities, channels last; state and arguments are `nn.BatchNorm1d`'s.
 
-    running_mean: Tensor
-    running_var: Tensor
+    Running statistics stay float32 under ``.half()`` and ``.bfloat16()``, and are computed in float32 at least.
 
-    def __init__(self, num_features: int, unbiased: bool = True, eps: float = 1e-5, momentum: float = 0.1) -> None:
+    Args:
+        num_features: H.
+        eps: added to the variance.
+        momentum: share of a new batch in the running statistics; None is the average over all batches so far.
+        affine: scale and shift.
+        track_running_stats: keep running statistics; without them evaluation mode takes those of the rows.
+        unbiased: normalise with the unbiased variance (the post) or the biased one (`nn.BatchNorm1d`).
+        bias: shift, where `affine`.
+    """
+
+    running_mean: Tensor | None
+    running_var: Tensor | None
+    num_batches_tracked: Tensor | None
+
+    def __init__(
+        self,
+        num_features: int,
+        eps: float = 1e-5,
+        momentum: float | None = 0.1,
+        affine: bool = True,
+        track_running_stats: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        *,
+        unbiased: bool = True,
+        bias: bool = True,
+    ) -> None:
         super().__init__()
         self.num_features, self.unbiased, self.eps, self.momentum = num_features, unbiased, eps, momentum
-        self.weight = nn.Parameter(torch.ones(num_features))
-        self.bias = nn.Parameter(torch.zeros(num_features))
-        self.register_buffer("running_mean", torch.zeros(num_features))
-        self.register_buffer("running_var", torch.ones(num_features))
+        self.affine, self.track_running_stats = affine, track_running_stats
+        like = torch.empty(num_features, device=device, dtype=dtype)
+        self.weight = nn.Parameter(torch.ones_like(like)) if affine else None
+        self.bias = nn.Parameter(torch.zeros_like(like)) if affine and bias else None
+        self.register_buffer("running_mean", torch.zeros_like(like) if track_running_stats else None)
+        self.register_buffer("running_var", torch.ones_like(like) if track_running_stats else None)
+        count = torch.zeros((), dtype=torch.int64, device=device) if track_running_stats else None
+        self.register_buffer("num_batches_tracked", count)
 
-    def forward(self, z: Tensor, weights: Tensor | None = None, total: float | None = None) -> Tensor:
-        """(N, H), (N,) counts or None, their sum or None -> (N, H)."""
-        return naive.batch_norm(
-            z,
-            self.weight,
-            self.bias,
+    def level(self, weight: Tensor) -> Level:
+        """The level that a convolution's matrix (H, C, k) makes with this norm."""
+        ones = torch.ones(self.num_features, dtype=weight.dtype, device=weight.device)
+        momentum = self.momentum
+        if momentum is None:
+            tracked = self.num_batches_tracked
+            momentum = 1 / (1 + float(tracked)) if tracked is not None and self.training else 0.0
+        return Level(
+            weight,
+            ones if self.weight is None else self.weight,
+            0 * ones if self.bias is None else self.bias,
             self.running_mean,
             self.running_var,
-            weights=weights,
-            total=total,
-            training=self.training,
-            unbiased=self.unbiased,
-            momentum=self.momentum,
-            eps=self.eps,
+            self.eps,
+            momentum,
+            self.training,
+            self.unbiased,
         )
 
+    def count_batch(self) -> None:
+        """Note that a batch was tracked, in training mode."""
+        if self.training and self.num_batches_tracked is not None:
+            self.num_batches_tracked.add_(1)
+
+    def forward(self, z: Tensor, weights: Tensor | None = None, total: float | None = None) -> Tensor:
+        """Normalise rows.
+
+        Args:
+            z: (N, H) or (B, T, H).
+            weights: counts of the rows in the statistics, (N,) or (B, T); None means 1 each.
+            total: their sum, when known.
+
+        Returns:
+            Of z's shape and dtype.
+        """
+        if z.ndim not in (2, 3) or z.shape[-1] != self.num_features:
+            expected = f"(N, {self.num_features}) or (B, T, {self.num_features})"
+            raise ValueError(f"z: expected shape {expected}, got {tuple(z.shape)}")
+        if weights is not None and weights.shape != z.shape[:-1]:
+            raise ValueError(f"weights: expected shape {tuple(z.shape[:-1])}, got {tuple(weights.shape)}")
+        rows, counts = z.flatten(0, -2), None if weights is None else weights.flatten()
+        if counts is not None:
+            rows = functional.without_uncounted(rows, torch.arange(len(rows), device=z.device)[None], counts)
+        level = self.level(z.new_empty(0))
+        if level.of_rows and not torch.compiler.is_compiling():
+            known = float(len(rows)) if counts is None else total
+            if known is None and counts is not None and not counts.is_cuda:
+                known = float(counts.double().sum())
+            if known is not None:
+                check_total(known, self.unbiased)
+        y, stats = naive.batch_norm(rows, level, counts)
+        if stats is not None and self.training:
+            track(level, stats.mean.detach(), stats.var.detach(), stats.total.detach())
+            self.count_batch()
+        return y.to(z.dtype).view(z.shape)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> BatchNorm:
+        before = {name: getattr(self, name) for name in ("running_mean", "running_var")}
+        super()._apply(fn, recurse)
+        for name, old in before.items():
+            new = getattr(self, name)
+            if new is not None and new.dtype in (torch.float16, torch.bfloat16):
+                setattr(self, name, old.to(new.device, torch.float32))
+        return self
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        key = prefix + "num_batches_tracked"
+        if self.num_batches_tracked is not None and key not in state_dict:  # files of before it was kept
+            state_dict[key] = self.num_batches_tracked
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
     def extra_repr(self) -> str:
-        return f"{self.num_features}, unbiased={self.unbiased}, eps={self.eps}, momentum={self.momentum}"
+        return (
+            f"{self.num_features}, eps={self.eps}, momentum={self.momentum}, affine={self.affine}, "
+            f"track_running_stats={self.track_running_stats}, unbiased={self.unbiased}"
+        )
 
 
 class ConvBatchNormTanh(nn.Module):
@@ -101,6 +202,9 @@ class ConvBatchNormTanh(nn.Module):
 
     With ``unbiased=False, padding="zeros", layout="BCT"`` it equals `nn.Conv1d` (without bias, padded with zeros on the
     left) + `nn.BatchNorm1d` + `nn.Tanh` of the same parameters.
+
+    Hooks on `conv` and `norm`, and modules put in their place, are obeyed: the level is then computed one module after
+    another, without fusion.
     """
 
     def __init__(
@@ -111,7 +215,7 @@ class ConvBatchNormTanh(nn.Module):
         dilation: int = 1,
         unbiased: bool = True,
         eps: float = 1e-5,
-        momentum: float = 0.1,
+        momentum: float | None = 0.1,
         *,
         padding: Padding = "replicate",
         layout: Layout = "BTC",
@@ -119,10 +223,22 @@ class ConvBatchNormTanh(nn.Module):
         precision: str = "auto",
     ) -> None:
         super().__init__()
+        functional.check_options(dilation, padding, layout)
         self.conv = CausalConv1d(in_channels, out_channels, kernel_size, dilation)
-        self.norm = BatchNorm(out_channels, unbiased, eps, momentum)
+        self.norm = BatchNorm(out_channels, eps, momentum, unbiased=unbiased)
         self.padding, self.layout = padding, layout
         self.backend, self.precision = choose_backend(backend), _check_precision(precision)
+
+    @property
+    def fused(self) -> bool:
+        """Whether convolution, norm and tanh can be one: no hook wants to see them, no other module replaces them."""
+        conv, norm = type(self.conv), type(self.norm)
+        plain = getattr(conv, "forward", None) is CausalConv1d.forward and norm.forward is BatchNorm.forward
+        return plain and not any(_hooked(module) for module in (self.conv, self.norm))
+
+    def level(self) -> Level:
+        """Its parameters and statistics as the value that every engine reads."""
+        return self.norm.level(self.conv.weight)
 
     def forward(
         self,
@@ -144,31 +260,28 @@ class ConvBatchNormTanh(nn.Module):
         Returns:
             (N, H), (B, T, H) or (B, H, T).
         """
-        norm = self.norm
-        return functional.conv_bn_tanh(
-            h,
-            self.conv.weight,
-            norm.weight,
-            norm.bias,
-            norm.running_mean,
-            norm.running_var,
-            taps=taps,
-            counts=weights,
-            total=total,
-            cu_seqlens=cu_seqlens,
-            dilation=1 if taps is not None else self.conv.dilation,
-            padding="replicate" if taps is not None else self.padding,
-            layout=self.layout,
-            training=norm.training,
-            unbiased=norm.unbiased,
-            momentum=norm.momentum,
-            eps=norm.eps,
-            backend=self.backend,
-            precision=self.precision,
+        of_graph = taps is not None
+        dilation, padding = (1, "replicate") if of_graph else (self.conv.dilation, self.padding)
+        options = {"dilation": dilation, "padding": padding, "layout": self.layout}
+        functional.check_layer(h, self.conv.weight.shape, taps, cu_seqlens, **options)
+        rows, row, shape = functional.arrange(
+            h, self.conv.kernel_size, taps=taps, counts=weights, total=total, cu_seqlens=cu_seqlens, **options
         )
+        if self.fused:
+            out = conv_stack(rows, [self.level()], [row], self.backend, self.precision)
+            self.norm.count_batch()
+        else:
+            out = self.norm(self.conv(rows, row.taps), row.counts, row.total).tanh()
+        return functional.restore(out, h, shape, self.layout)
 
     def extra_repr(self) -> str:
         return f"padding={self.padding!r}, layout={self.layout!r}, backend={self.backend!r}"
+
+
+def _hooked(module: nn.Module) -> bool:
+    """Whether anybody watches a module's calls."""
+    hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+    return any(getattr(module, name) for name in hooks) or torch.nn.modules.module._has_any_global_hook()
 
 
 class ConvWave(nn.Module):
@@ -179,7 +292,8 @@ class ConvWave(nn.Module):
         n_embd: channels of the embedding.
         n_hidden: channels H of every level, or one number for each.
         levels: number of pairwise levels; the context is ``2 ** levels`` tokens.
-        unbiased: normalise with the unbiased variance (the post) or the biased one (`nn.BatchNorm1d`).
+        unbiased: normalise with the unbiased variance (the post) or the biased one (`nn.BatchNorm1d`), or one for each
+            level.
         backend: "eager" is plain PyTorch; "triton" the fused kernels, on CUDA tensors; "auto" is "triton" where
             there is a CUDA device. Chosen once, here.
         precision: of float32 products in the kernels: "ieee", "tf32x3" (three TF32 products, as accurate), "tf32", or
@@ -202,7 +316,7 @@ class ConvWave(nn.Module):
         n_embd: int = 10,
         n_hidden: int | Sequence[int] = 68,
         levels: int = 3,
-        unbiased: bool = True,
+        unbiased: bool | Sequence[bool] = True,
         backend: str = "auto",
         statistics: Statistics = "windows",
         *,
@@ -217,6 +331,7 @@ class ConvWave(nn.Module):
         widths = _per_level("n_hidden", n_hidden, len(factors))
         epsilons = _per_level("eps", eps, len(factors))
         momenta = _per_level("momentum", momentum, len(factors))
+        kinds = _per_level("unbiased", unbiased, len(factors))
         sizes = {"vocab_size": vocab_size, "n_embd": n_embd, "levels": len(factors), "n_hidden": min(widths, default=1)}
         for name, value in sizes.items():
             if value < 1:
@@ -228,7 +343,7 @@ class ConvWave(nn.Module):
         if vocabulary is not None and len(vocabulary) != vocab_size:
             raise ValueError(f"vocabulary: expected {vocab_size} symbols, got {len(vocabulary)}")
         self.vocab_size, self.n_embd, self.widths = vocab_size, n_embd, tuple(widths)
-        self.factors, self.unbiased, self.statistics = factors, unbiased, statistics
+        self.factors, self.statistics = factors, statistics
         self.backend, self.precision = choose_backend(backend), _check_precision(precision)
         self.vocabulary = vocabulary
 
@@ -240,7 +355,7 @@ class ConvWave(nn.Module):
                 channels[i + 1],
                 factor,
                 math.prod(factors[:i]),
-                unbiased,
+                kinds[i],
                 epsilons[i],
                 momenta[i],
                 backend=backend,
@@ -264,6 +379,11 @@ class ConvWave(nn.Module):
     def layers(self) -> list[ConvBatchNormTanh]:
         """The blocks from the bottom up, typed."""
         return [cast(ConvBatchNormTanh, block) for block in self.blocks]
+
+    @property
+    def unbiased(self) -> bool:
+        """Whether all levels normalise with the unbiased variance."""
+        return all(block.norm.unbiased for block in self.layers)
 
     @property
     def levels(self) -> int:
@@ -298,28 +418,17 @@ class ConvWave(nn.Module):
     def features(self, h: Tensor, graph: Graph) -> Tensor:
         """The stack by itself: bottom activations (N_0, n_embd) -> top activations (graph.num_rows, H)."""
         counted = self.statistics == "windows"
-        if self.backend == "eager" or not runs_kernels(h):
-            for block, taps, weights, total in zip(self.layers, graph.taps, graph.weights, graph.totals, strict=True):
-                h = block(h, taps, weights, total) if counted else block(h, taps)
+        if not all(block.fused and not _hooked(block) for block in self.layers):
+            for block, row in zip(self.layers, graph.rows(counted), strict=True):
+                h = block(h, row.taps, row.counts, row.total)
             return h
-        convs, norms = [block.conv for block in self.layers], [block.norm for block in self.layers]
-        return functional.conv_stack(
-            h,
-            [conv.weight for conv in convs],
-            [norm.weight for norm in norms],
-            [norm.bias for norm in norms],
-            [norm.running_mean for norm in norms],
-            [norm.running_var for norm in norms],
-            taps=graph.taps,
-            counts=graph.weights if counted else (),
-            totals=graph.totals if counted else None,
-            training=self.training,
-            unbiased=self.unbiased,
-            momentum=[norm.momentum for norm in norms],
-            eps=[norm.eps for norm in norms],
-            precision=self.precision,
-            consumers=() if torch.compiler.is_compiling() or not torch.is_grad_enabled() else graph.consumers,
-        )
+        kernels = self.backend == "triton" and runs_kernels(h)
+        backward = kernels and torch.is_grad_enabled() and not torch.compiler.is_compiling()
+        rows = graph.rows(counted, consumers=backward)
+        h = conv_stack(h, [block.level() for block in self.layers], rows, self.backend, self.precision)
+        for block in self.layers:
+            block.norm.count_batch()
+        return h
 
     def config(self) -> dict[str, Any]:
         """What `ConvWave(**config)` needs to make this network again, apart from the backend; plain JSON values."""
@@ -328,7 +437,7 @@ class ConvWave(nn.Module):
             "n_embd": self.n_embd,
             "n_hidden": list(self.widths),
             "factors": list(self.factors),
-            "unbiased": self.unbiased,
+            "unbiased": [block.norm.unbiased for block in self.layers],
             "statistics": self.statistics,
             "eps": [block.norm.eps for block in self.layers],
             "momentum": [block.norm.momentum for block in self.layers],

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from convwave.data.packing import Vocabulary
-from convwave.nn import ConvWave
+from convwave.nn import ConvWave, evaluating
+from convwave.ops.fold import folded
 
 
 class GenerationCache:
@@ -29,7 +30,7 @@ class GenerationCache:
 
     @torch.no_grad()
     def __init__(self, model: ConvWave, batch: int) -> None:
-        if model.training:
+        if any(block.norm.training for block in model.layers):
             raise ValueError("model: expected one in evaluation mode, call .eval() first")
         self.batch = batch
         self.embedding = model.embedding.weight.detach().clone()
@@ -40,11 +41,10 @@ class GenerationCache:
         self.rings: list[Tensor] = []  # per level, (longest offset, B, C): step t is in slot t % length
         padding = self.embedding[0]
         for block in model.layers:
-            conv, norm = block.conv, block.norm
-            scale = norm.weight * torch.rsqrt(norm.running_var + norm.eps)
-            k, d = conv.kernel_size, conv.dilation
-            weight = (conv.weight * scale[:, None, None]).permute(2, 1, 0).flatten(0, 1).contiguous()
-            self.levels.append((weight, norm.bias - norm.running_mean * scale))
+            k, d = block.conv.kernel_size, block.conv.dilation
+            matrix, shift = folded(block.level())
+            weight = matrix.permute(2, 1, 0).flatten(0, 1).to(padding.dtype).contiguous()
+            self.levels.append((weight, shift.to(padding.dtype)))
             self.offsets.append([(k - 1 - j) * d for j in range(k - 1)])
             self.rings.append(padding.expand((k - 1) * d, batch, -1).clone())
             padding = torch.tanh(padding.repeat(k) @ weight + self.levels[-1][1])
@@ -166,10 +166,8 @@ def sample(
         )
         batch = min(8192, max(1, 2**26 // ring))
     generator = torch.Generator().manual_seed(seed)
-    training = model.training
-    model.eval()
     names: list[str] = []
-    try:
+    with evaluating(model):
         while True:
             ids = sample_ids(
                 model,
@@ -184,8 +182,6 @@ def sample(
             names += [vocabulary.decode(row[:n]) for row, n in zip(ids.tolist(), lengths, strict=True)]
             if len(names) >= count:
                 break
-    finally:
-        model.train(training)
     return names
 
 

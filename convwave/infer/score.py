@@ -16,8 +16,8 @@ from torch.nn import functional as F
 from convwave.data.batches import Parts, padded
 from convwave.data.graph import Graph, distinct_graph
 from convwave.data.packing import Splits, Vocabulary, pack
-from convwave.nn import ConvBatchNormTanh, ConvWave
-from convwave.ops.fold import Buffers, fold_head
+from convwave.nn import ConvBatchNormTanh, ConvWave, evaluating
+from convwave.ops.fold import Buffers, fold_head, folded
 
 _BLOCK = 4096  # rows: 1.1 MB of 68 float32 channels; 2,048 and 16,384 are slower by a tenth
 
@@ -91,10 +91,8 @@ class EvaluationSet:
         if self._infer is not None:
             logp = self._infer(model)
         else:
-            training = model.training
-            model.eval()
-            logp = F.log_softmax(model(self.graph), dim=1)
-            model.train(training)
+            with evaluating(model):
+                logp = F.log_softmax(model(self.graph), dim=1)
         return logp.view(-1).index_select(0, self._pair_rows * logp.shape[1] + self._pair_targets).neg_()
 
     def losses(self, model: ConvWave) -> dict[str, SplitLoss]:
@@ -165,10 +163,8 @@ class Inference:
 
 def _folded(block: ConvBatchNormTanh, after_a_logistic: bool) -> tuple[Tensor, Tensor]:
     """Weights (k, C, H) and the shift (H,) of twice a level's normalised pre-activation."""
-    weight, norm = block.conv.weight.permute(2, 1, 0), block.norm
-    scale = 2 * norm.weight * torch.rsqrt(norm.running_var + norm.eps)
-    shift = 2 * norm.bias - norm.running_mean * scale
-    weight = weight * scale
+    matrix, shift = folded(block.level())
+    weight, shift = 2 * matrix.permute(2, 1, 0), 2 * shift
     if after_a_logistic:
         return 2 * weight, shift - weight.sum((0, 1))
     return weight, shift

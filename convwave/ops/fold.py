@@ -1,13 +1,30 @@
-"""BatchNorm folded into a weight and a shift."""
+"""BatchNorm folded into a weight and a shift, once: for evaluation, generation, scoring and export."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from convwave.ops.level import _wide
+from convwave.ops.level import Level, wide
 
-_NEVER = 60.0  # how far below the mean of the tokens' logits; e ** -60 is no denormal number, which are slow
+_NEVER = 60.0  # how far below the mean of the tokens' logits; e ** -60 is a normal number (denormal ones are slow)
+
+
+def fixed_stats(level: Level) -> Tensor:
+    """(5, H) `level.Stats` of the running mean and variance; the total is not used and 0."""
+    assert level.running_mean is not None
+    assert level.running_var is not None
+    mean, var = wide(level.running_mean), wide(level.running_var)
+    rstd = torch.rsqrt(var + level.eps)
+    return torch.stack([mean, rstd, wide(level.gamma) * rstd, var, torch.zeros_like(var)])
+
+
+def folded(level: Level) -> tuple[Tensor, Tensor]:
+    """A convolution that gives a level's normalised pre-activations: weight (H, C, k) and shift (H,)."""
+    assert level.running_mean is not None
+    assert level.running_var is not None
+    scale = level.gamma * torch.rsqrt(level.running_var + level.eps)
+    return level.weight * scale[:, None, None], level.beta - level.running_mean * scale
 
 
 def fold_head(weight: Tensor, bias: Tensor, out_weight: Tensor, out_bias: Tensor) -> None:
@@ -38,10 +55,3 @@ class Buffers:
         if flat is None or flat.numel() < size:
             flat = self._flat[name] = self._like.new_empty(size + size // 4)
         return flat[:size].view(rows, columns)
-
-
-def fixed_stats(mean: Tensor, var: Tensor, gamma: Tensor, eps: float) -> Tensor:
-    """(5, H) statistics of evaluation mode from the running ones; the total is not used and 0."""
-    mean, var = _wide(mean), _wide(var)
-    rstd = torch.rsqrt(var + eps)
-    return torch.stack([mean, rstd, rstd * _wide(gamma), var, torch.zeros_like(var)])

@@ -1,9 +1,4 @@
-"""The layer, the stack and the loss as functions: checked arguments in, the chosen backend behind.
-
-Backends: "eager" is plain PyTorch (`convwave.ops.stack`); "triton" is one op a call (`convwave.ops`), the fused kernels for
-CUDA tensors of float32, bfloat16 and float16 (others are computed in plain PyTorch all the same); "auto" is "triton"
-where there is a CUDA device.
-"""
+"""The layer and the loss as functions: checked arguments in, `library.conv_stack` behind."""
 
 from __future__ import annotations
 
@@ -14,9 +9,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from convwave.data.graph import Consumers, Graph, Padding, dilated_consumers, dilated_taps
-from convwave.ops import fold, level, naive
-from convwave.ops import library as ops
+from convwave.data.graph import Graph, Padding, Rows, dilated_consumers, dilated_taps
+from convwave.ops import library
+from convwave.ops.level import Level
 
 Layout = Literal["BTC", "BCT"]
 
@@ -51,7 +46,7 @@ def conv_bn_tanh(
     - (N, C) rows of sequences that lie end to end, with `cu_seqlens` (without: one sequence);
     - (B, T, C) or, with ``layout="BCT"``, (B, C, T) sequences of equal length.
 
-    In training mode the running statistics are moved in place, as in `naive.batch_norm`. With ``padding="zeros"``,
+    In training mode the running statistics are moved in place. With ``padding="zeros"``,
     ``layout="BCT"`` and ``unbiased=False`` this is left padding, `nn.Conv1d`, `nn.BatchNorm1d` and `nn.Tanh`.
 
     Args:
@@ -64,7 +59,7 @@ def conv_bn_tanh(
         cu_seqlens: (B + 1,) int64, where each sequence begins, and the number of rows.
         dilation: distance of the taps in positions.
         padding: what stands before a sequence: its first row again, or zeros.
-        backend, precision: see `ops.choose_backend` and `ConvWave`.
+        backend, precision: see `ConvWave`.
 
     Returns:
         (N, H), (B, T, H) or (B, H, T), of the dtype of x.
@@ -73,79 +68,146 @@ def conv_bn_tanh(
         ValueError: shapes or options that do not go together, or too few rows for a variance.
         RuntimeError: backend="triton" where there is none.
     """
-    H, C, k = _check_layer(x, weight, taps, cu_seqlens, dilation, padding, layout)
-    if counts is not None:
-        counts = counts.reshape(-1)
-    rows = x
+    check_layer(x, weight.shape, taps, cu_seqlens, dilation=dilation, padding=padding, layout=layout)
+    level = Level(
+        weight, norm_weight, norm_bias, running_mean, running_var, eps, momentum, training=training, unbiased=unbiased
+    )
+    _check_level(level)
+    rows, row, shape = arrange(
+        x,
+        weight.shape[2],
+        taps=taps,
+        counts=counts,
+        total=total,
+        cu_seqlens=cu_seqlens,
+        dilation=dilation,
+        padding=padding,
+        layout=layout,
+    )
+    h = library.conv_stack(rows, [level], [row], library.choose_backend(backend), precision)
+    return restore(h, x, shape, layout)
+
+
+def arrange(
+    x: Tensor,
+    kernel_size: int,
+    *,
+    taps: Tensor | None = None,
+    counts: Tensor | None = None,
+    total: float | None = None,
+    cu_seqlens: Tensor | None = None,
+    dilation: int = 1,
+    padding: Padding = "replicate",
+    layout: Layout = "BTC",
+) -> tuple[Tensor, Rows, tuple[int, ...]]:
+    """Rows or sequences as the rows of one level; arguments as for `conv_bn_tanh`, of which they were checked.
+
+    Returns:
+        (N', C) rows; what each output row reads and how often it counts; (N,) or (B, T), the shape that counts have.
+    """
+    rows, shape, consumers = x, (x.shape[0],), None
     if x.ndim == 3:
-        rows = (x.transpose(1, 2) if layout == "BCT" else x).reshape(-1, C)
-    consumers = []
-    triton = backend != "eager" and ops.choose_backend(backend) == "triton" and ops.runs_kernels(x)
+        rows = x.transpose(1, 2) if layout == "BCT" else x
+        shape = (rows.shape[0], rows.shape[1])
+        rows = rows.reshape(-1, rows.shape[2])
     if taps is None:
-        first, end = _spans(x, layout, cu_seqlens)
-        taps = dilated_taps(first, k, dilation, padding)
-        if triton and torch.is_grad_enabled():
-            consumers = [dilated_consumers(first, end, k, dilation, padding)]
-    if counts is not None and counts.shape[0] != taps.shape[1]:
-        raise ValueError(f"counts: expected {taps.shape[1]} numbers, one per output row, got {counts.shape[0]}")
-    norm = (norm_weight, norm_bias, running_mean, running_var)
-    if triton:
-        h = conv_stack(
-            rows,
-            [weight],
-            *([t] for t in norm),
-            taps=[taps],
-            counts=[counts] if counts is not None else [],
-            totals=[total] if total is not None else None,
-            training=training,
-            unbiased=unbiased,
-            momentum=[momentum],
-            eps=[eps],
-            precision=precision,
-            consumers=consumers,
-        )
+        first, end = _spans(shape, cu_seqlens, x.device)
+        taps = dilated_taps(first, kernel_size, dilation, padding)
+        if library.runs_kernels(x) and torch.is_grad_enabled():
+            consumers = dilated_consumers(first, end, kernel_size, dilation, padding)
     else:
-        if padding == "zeros":  # -1 is read from a row of zeros
-            taps = torch.where(taps < 0, rows.shape[0], taps)
-            rows = torch.cat([rows, rows.new_zeros(1, C)])
-        h = naive.level(
-            rows,
-            weight,
-            *norm,
-            taps=taps,
-            counts=counts,
-            total=total,
-            training=training,
-            unbiased=unbiased,
-            momentum=momentum,
-            eps=eps,
-        )
+        shape = (taps.shape[1],)
+        _check_taps(taps, x)
+    if counts is not None:
+        if tuple(counts.shape) != shape and tuple(counts.shape) != (taps.shape[1],):
+            text = " or ".join(f"({', '.join(map(str, s))}{',' * (len(s) == 1)})" for s in {shape, (taps.shape[1],)})
+            raise ValueError(f"counts: expected shape {text}, one number per output row, got {tuple(counts.shape)}")
+        counts = counts.reshape(-1)
+        rows = without_uncounted(rows, taps, counts)
+    return rows, Rows(taps, counts, total, consumers), shape
+
+
+def restore(h: Tensor, x: Tensor, shape: tuple[int, ...], layout: Layout) -> Tensor:
+    """Output rows (N, H) in the form that the input x of `arrange` had; `shape` is what that returned."""
     if x.ndim == 2:
         return h
-    B, T = (x.shape[0], x.shape[2]) if layout == "BCT" else x.shape[:2]
-    h = h.view(B, T, H)
+    h = h.view(*shape, h.shape[1])
     return h.transpose(1, 2) if layout == "BCT" else h
 
 
-def _check_layer(
-    x: Tensor,
-    weight: Tensor,
-    taps: Tensor | None,
-    cu_seqlens: Tensor | None,
-    dilation: int,
-    padding: Padding,
-    layout: Layout,
-) -> tuple[int, int, int]:
-    """H, C, k."""
-    if weight.ndim != 3:
-        raise ValueError(f"weight: expected shape (H, C, k), got {tuple(weight.shape)}")
-    H, C, k = weight.shape
+def without_uncounted(x: Tensor, taps: Tensor, counts: Tensor) -> Tensor:
+    """x with zeros for rows that are not finite and that only rows which count 0 times read, such as padding.
+
+    Whatever such memory holds must not reach statistics or gradients, and 0 times NaN is NaN.
+
+    Args:
+        x: (N', C).
+        taps: (k, N) rows of x, -1 reads nothing.
+        counts: (N,).
+    """
+    traced = torch.compiler.is_compiling() or counts.device.type != "cpu" or torch._C._are_functorch_transforms_active()
+    if not traced and bool((counts > 0).all()):
+        return x
+    read = (counts > 0).expand(taps.shape[0], -1) & (taps >= 0)
+    needed = torch.zeros(x.shape[0] + 1, dtype=torch.int8, device=x.device)
+    needed = needed.scatter_reduce(
+        0, torch.where(read, taps, x.shape[0]).flatten(), torch.ones_like(needed[:1]).expand(taps.numel()), "amax"
+    )
+    return torch.where((needed[:-1] > 0)[:, None] | x.isfinite().all(1, keepdim=True), x, 0)
+
+
+def _check_taps(taps: Tensor, x: Tensor) -> None:
+    """Raise IndexError for a row that is not there; on a GPU an assertion on the device, which does not wait for it."""
+    if torch.compiler.is_compiling() or not taps.numel():
+        return
+    inside = ((taps >= -1) & (taps < x.shape[0])).all()
+    if taps.is_cuda:
+        torch._assert_async(inside)
+    elif not bool(inside):
+        raise IndexError(
+            f"taps: expected rows 0 to {x.shape[0] - 1} of x, or -1 for zeros, "
+            f"got {int(taps.min())} to {int(taps.max())}"
+        )
+
+
+def _check_level(level: Level) -> None:
+    """Raise ValueError where the shapes of a level's tensors do not go together."""
+    channels = level.weight.shape[0]
+    for name, tensor in (
+        ("norm_weight", level.gamma),
+        ("norm_bias", level.beta),
+        ("running_mean", level.running_mean),
+        ("running_var", level.running_var),
+    ):
+        if tensor is not None and tuple(tensor.shape) != (channels,):
+            raise ValueError(f"{name}: expected shape ({channels},), one number per channel, got {tuple(tensor.shape)}")
+
+
+def check_options(dilation: int, padding: str, layout: str) -> None:
+    """Raise ValueError for an option of a layer that is not one."""
     if layout not in ("BTC", "BCT"):
         raise ValueError(f"layout: expected 'BTC' or 'BCT', got {layout!r}")
     if padding not in ("replicate", "zeros"):
         raise ValueError(f"padding: expected 'replicate' or 'zeros', got {padding!r}")
     if dilation < 1:
         raise ValueError(f"dilation: expected at least 1, got {dilation}")
+
+
+def check_layer(
+    x: Tensor,
+    weight: Sequence[int],
+    taps: Tensor | None,
+    cu_seqlens: Tensor | None,
+    *,
+    dilation: int,
+    padding: Padding,
+    layout: Layout,
+) -> None:
+    """Raise ValueError for shapes and options that do not go together; `weight` is the shape of the matrix."""
+    if len(weight) != 3:
+        raise ValueError(f"weight: expected shape (H, C, k), got {tuple(weight)}")
+    _, C, k = weight
+    check_options(dilation, padding, layout)
     if x.ndim not in (2, 3):
         raise ValueError(f"x: expected (N, C), (B, T, C) or (B, C, T), got shape {tuple(x.shape)}")
     channels = x.shape[1] if x.ndim == 3 and layout == "BCT" else x.shape[-1]
@@ -156,7 +218,9 @@ def _check_layer(
     if taps is not None and cu_seqlens is not None:
         raise ValueError("cu_seqlens: expected None together with taps")
     if taps is not None and (padding != "replicate" or dilation != 1):
-        raise ValueError("padding, dilation: expected their defaults together with taps, which carry both out")
+        raise ValueError(
+            "padding, dilation: must be left at their defaults when taps is given (taps already encode them)"
+        )
     if cu_seqlens is not None and (cu_seqlens.ndim != 1 or cu_seqlens.numel() < 2):
         raise ValueError(f"cu_seqlens: expected shape (B + 1,), B >= 1, got {tuple(cu_seqlens.shape)}")
     if cu_seqlens is not None and not cu_seqlens.is_cuda and not torch.compiler.is_compiling():
@@ -167,67 +231,21 @@ def _check_layer(
             )
     if taps is not None and (taps.ndim != 2 or taps.shape[0] != k):
         raise ValueError(f"taps: expected shape ({k}, N), one row per tap of weight, got {tuple(taps.shape)}")
-    return H, C, k
 
 
-def _spans(x: Tensor, layout: Layout, cu_seqlens: Tensor | None) -> tuple[Tensor, Tensor]:
-    """(N,), (N,) the row at which each row's sequence begins, and one past its last."""
-    if cu_seqlens is not None:
-        bounds = torch.stack([cu_seqlens[:-1], cu_seqlens[1:]])
-        first, end = bounds.repeat_interleave(cu_seqlens.diff(), dim=1, output_size=x.shape[0])
-        return first, end
-    if x.ndim == 2:
-        B, T = 1, x.shape[0]
-    else:
-        B, T = (x.shape[0], x.shape[2]) if layout == "BCT" else x.shape[:2]
-    first = (torch.arange(B, device=x.device) * T).repeat_interleave(T, output_size=B * T)
-    return first, first + T
-
-
-def conv_stack(
-    x: Tensor,
-    weights: Sequence[Tensor],
-    norm_weights: Sequence[Tensor],
-    norm_biases: Sequence[Tensor],
-    running_means: Sequence[Tensor],
-    running_vars: Sequence[Tensor],
-    *,
-    taps: Sequence[Tensor],
-    counts: Sequence[Tensor] = (),
-    totals: Sequence[float] | None = None,
-    training: bool,
-    unbiased: bool,
-    momentum: Sequence[float],
-    eps: Sequence[float],
-    precision: str = "auto",
-    consumers: Sequence[Consumers] = (),
-) -> Tensor:
-    """Levels of `conv_bn_tanh` one above the other in one op, activations in between never written to memory.
+def _spans(shape: tuple[int, ...], cu_seqlens: Tensor | None, device: torch.device) -> tuple[Tensor, Tensor]:
+    """(N,), (N,) the row at which each row's sequence begins, and one past its last.
 
     Args:
-        x: (N_0, C).
-        totals: sums of the counts, to be checked; None leaves them unchecked, and too few rows give NaN.
-        consumers: `Graph.consumers`, for the backward pass; found out there when not given.
-        others: one per level, see `conv_bn_tanh`.
-
-    Returns:
-        (N_L, H_L).
+        shape: (B, T), or (N,) for one sequence, or for those that `cu_seqlens` marks.
     """
-    if training:
-        for i, tap in enumerate(taps):
-            total = totals[i] if totals is not None else None if counts else float(tap.shape[1])
-            if total is not None:
-                level.variance_divisor(total, unbiased)
-        h, stats = ops.stack(
-            x, weights, norm_weights, norm_biases, [], taps, counts, eps, unbiased, precision, consumers
-        )
-        for i, (mean, var) in enumerate(zip(running_means, running_vars, strict=True)):
-            s = level.Stats(*stats[i].detach())
-            level.track(mean, var, s.mean, s.var, s.total, unbiased, momentum[i])
-        return h
-    norms = zip(running_means, running_vars, norm_weights, eps, strict=True)
-    fixed = [fold.fixed_stats(mean, var, gamma.detach(), e) for mean, var, gamma, e in norms]
-    return ops.stack(x, weights, norm_weights, norm_biases, fixed, taps, counts, eps, unbiased, precision, consumers)[0]
+    if cu_seqlens is not None:
+        bounds = torch.stack([cu_seqlens[:-1], cu_seqlens[1:]])
+        first, end = bounds.repeat_interleave(cu_seqlens.diff(), dim=1, output_size=shape[0])
+        return first, end
+    B, T = shape if len(shape) == 2 else (1, shape[0])
+    first = (torch.arange(B, device=device) * T).repeat_interleave(T, output_size=B * T)
+    return first, first + T
 
 
 def loss(logits: Tensor, graph: Graph) -> Tensor:

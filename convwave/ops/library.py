@@ -1,8 +1,14 @@
-"""The op boundary: what autograd, torch.compile, torch.export and CUDA graphs see of the kernels.
+"""The op boundary: what autograd, torch.compile, torch.export and CUDA graphs see of a stack of levels.
 
-`torch.ops.convwave.stack_forward`, `stack_inference` and `stack_backward` are registered with shapes for tracing; CUDA
-tensors go to the Triton kernels, CPU tensors and float64 to `convwave.eager`. Autograd is added outside the ops. One op
-is a whole stack; a single layer is a stack of one.
+`conv_stack` is the one way in. It chooses who computes:
+
+- "triton": `torch.ops.convwave.stack_forward`, `stack_inference` and `stack_backward`, registered with shapes for
+  tracing; they run the kernels on CUDA tensors of up to 32 bits, and `convwave.ops.stack` elsewhere;
+- "eager": `convwave.ops.stack` without an op in between;
+- `convwave.ops.naive`, the definition, for all that only autograd can do: second derivatives, `torch.func` beyond a
+  plain gradient, forward-mode differentiation, and, on the eager backend, `torch.compile` and `torch.export`.
+
+Only the ops' schemas list a stack's tensors one kind after another: they are flattened and put together again here.
 """
 
 from __future__ import annotations
@@ -17,8 +23,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from convwave.data.graph import Consumers
+from convwave.data.graph import Consumers, Rows
+from convwave.ops import naive
 from convwave.ops import stack as twin
+from convwave.ops.level import ACTIVATIONS, Level, Stats, check_total, track
 
 BACKENDS = ("auto", "eager", "triton")
 PRECISIONS = ("auto", "ieee", "tf32x3", "tf32")
@@ -74,298 +82,335 @@ def _on_device_of(x: Tensor) -> AbstractContextManager[Any]:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Definitions
+# Flattening: a stack's tensors for the ops' schemas, and back
 
-_LEVELS = "Tensor[] weights, Tensor[] gammas, Tensor[] betas, Tensor[] fixed, Tensor[] taps"
+
+class _Options(NamedTuple):
+    """What a stack has besides tensors, one entry per level."""
+
+    eps: list[float]
+    training: list[bool]  # whether the statistics are those of the rows
+    unbiased: list[bool]
+    activations: list[str]
+    totals: list[float]  # 0 where unknown
+    most: list[int]  # of the consumers
+
+
+class _Tensors(NamedTuple):
+    """A stack's tensors, one entry per level; the optional ones are none or one per level."""
+
+    weights: list[Tensor]
+    gammas: list[Tensor]
+    betas: list[Tensor]
+    means: list[Tensor]  # running statistics; empty tensors where none are tracked
+    variances: list[Tensor]
+    taps: list[Tensor]
+    counts: list[Tensor]
+    ranges: list[Tensor]  # of the consumers
+    orders: list[Tensor]
+
+
+def _flatten(levels: Sequence[Level], rows: Sequence[Rows]) -> tuple[_Tensors, _Options]:
+    consumers = [row.consumers for row in rows if row.consumers is not None]
+    counts = [row.counts for row in rows if row.counts is not None]
+    assert len(consumers) in (0, len(rows))
+    assert len(counts) in (0, len(rows))
+    tensors = _Tensors(
+        [level.weight for level in levels],
+        [level.gamma for level in levels],
+        [level.beta for level in levels],
+        [_or_empty(level.running_mean, level) for level in levels],
+        [_or_empty(level.running_var, level) for level in levels],
+        [row.taps for row in rows],
+        counts,
+        [c.ranges for c in consumers],
+        [c.order for c in consumers],
+    )
+    options = _Options(
+        [level.eps for level in levels],
+        [level.of_rows for level in levels],
+        [level.unbiased for level in levels],
+        [level.activation.name for level in levels],
+        [row.total or 0.0 for row in rows],
+        [c.most for c in consumers],
+    )
+    return tensors, options
+
+
+def _or_empty(statistic: Tensor | None, level: Level) -> Tensor:
+    """A copy: an op that is differentiated may keep it, and training moves the original in place."""
+    return level.weight.new_empty(0) if statistic is None or level.of_rows else statistic.detach().clone()
+
+
+def _unflatten(t: _Tensors, o: _Options) -> tuple[list[Level], list[Rows]]:
+    levels, rows = [], []
+    for i, name in enumerate(o.activations):
+        fixed = not o.training[i]
+        levels.append(
+            Level(
+                t.weights[i],
+                t.gammas[i],
+                t.betas[i],
+                t.means[i] if fixed else None,
+                t.variances[i] if fixed else None,
+                o.eps[i],
+                training=o.training[i],
+                unbiased=o.unbiased[i],
+                activation=ACTIVATIONS[name],
+            )
+        )
+        consumers = Consumers(t.ranges[i], t.orders[i], o.most[i]) if t.ranges else None
+        rows.append(Rows(t.taps[i], t.counts[i] if t.counts else None, o.totals[i] or None, consumers))
+    return levels, rows
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Ops
+
+_TENSORS = ", ".join(f"Tensor[] {name}" for name in _Tensors._fields)
+_OPTIONS = "float[] eps, bool[] training, bool[] unbiased, str[] activations, float[] totals, int[] most"
+_STACK = f"{_TENSORS}, {_OPTIONS}, str precision"
 _library = torch.library.Library("convwave", "DEF")
+_library.define(f"stack_forward(Tensor x, {_STACK}) -> (Tensor, Tensor[], Tensor[])")
+_library.define(f"stack_inference(Tensor x, {_STACK}) -> Tensor")
 _library.define(
-    f"stack_forward(Tensor x, {_LEVELS}, Tensor[] counts, float[] eps, bool unbiased, str precision)"
-    " -> (Tensor, Tensor[], Tensor[])"
-)
-_library.define(f"stack_inference(Tensor x, {_LEVELS}, float[] eps, str precision) -> Tensor")
-_library.define(
-    "stack_backward(Tensor dh, Tensor x, Tensor[] weights, Tensor[] betas, Tensor[] zs, Tensor[] stats, Tensor[] taps, "
-    "Tensor[] counts, Tensor[] ranges, Tensor[] orders, int[] most, bool training, bool unbiased, bool needs_dx, "
-    "str precision) -> (Tensor, Tensor[], Tensor[], Tensor[])"
+    f"stack_backward(Tensor dh, Tensor x, Tensor[] zs, Tensor[] stats, bool needs_dx, {_STACK})"
+    " -> (Tensor, Tensor[], Tensor[], Tensor[])"
 )
 
 
-def _stack_forward(
-    x: Tensor,
-    weights: list[Tensor],
-    gammas: list[Tensor],
-    betas: list[Tensor],
-    fixed: list[Tensor],
-    taps: list[Tensor],
-    counts: list[Tensor],
-    eps: list[float],
-    unbiased: bool,
-    precision: str,
-) -> tuple[Tensor, list[Tensor], list[Tensor]]:
-    if runs_kernels(x):
-        from convwave.kernels import stack
-
-        with _on_device_of(x):
-            h, zs, stats = stack.stack_forward(x, weights, gammas, betas, fixed, taps, counts, eps, unbiased, precision)
-    else:
-        h, zs, stats = twin.stack_forward(x, weights, gammas, betas, fixed, taps, counts, eps, unbiased)
-    # an op may not return its own inputs
-    return h, zs, [s.clone() for s in stats] if fixed else stats
+def _parse(flat: Sequence[Any]) -> tuple[list[Level], list[Rows], str]:
+    n = len(_Tensors._fields)
+    levels, rows = _unflatten(_Tensors(*flat[:n]), _Options(*flat[n:-1]))
+    return levels, rows, flat[-1]
 
 
-def _stack_inference(
-    x: Tensor,
-    weights: list[Tensor],
-    gammas: list[Tensor],
-    betas: list[Tensor],
-    fixed: list[Tensor],
-    taps: list[Tensor],
-    eps: list[float],
-    precision: str,
-) -> Tensor:
-    if runs_kernels(x):
-        from convwave.kernels import stack
+def _stack_forward(x: Tensor, *flat: Any) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+    levels, rows, precision = _parse(flat)
+    if not runs_kernels(x):
+        return twin.stack_forward(x, levels, rows)
+    from convwave.kernels import stack as kernels
 
-        with _on_device_of(x):
-            return stack.stack_inference(x, weights, gammas, betas, fixed, taps, eps, precision)
-    return twin.stack_forward(x, weights, gammas, betas, fixed, taps, [], eps, True)[0]
+    with _on_device_of(x):
+        return kernels.stack_forward(x, levels, rows, precision)
+
+
+def _stack_inference(x: Tensor, *flat: Any) -> Tensor:
+    levels, rows, precision = _parse(flat)
+    if not runs_kernels(x):
+        return twin.inference(x, levels, rows)
+    from convwave.kernels import stack as kernels
+
+    with _on_device_of(x):
+        return kernels.stack_inference(x, levels, rows, precision)
 
 
 def _stack_backward(
-    dh: Tensor,
-    x: Tensor,
-    weights: list[Tensor],
-    betas: list[Tensor],
-    zs: list[Tensor],
-    stats: list[Tensor],
-    taps: list[Tensor],
-    counts: list[Tensor],
-    ranges: list[Tensor],
-    orders: list[Tensor],
-    most: list[int],
-    training: bool,
-    unbiased: bool,
-    needs_dx: bool,
-    precision: str,
+    dh: Tensor, x: Tensor, zs: list[Tensor], stats: list[Tensor], needs_dx: bool, *flat: Any
 ) -> tuple[Tensor, list[Tensor], list[Tensor], list[Tensor]]:
+    levels, rows, precision = _parse(flat)
     if runs_kernels(x):
-        from convwave.kernels import stack
+        from convwave.kernels import stack as kernels
 
-        consumers = [Consumers(*c) for c in zip(ranges, orders, most, strict=True)]
         with _on_device_of(x):
-            dx, dweights, dgammas, dbetas = stack.stack_backward(
-                dh, x, weights, betas, zs, stats, taps, counts, training, unbiased, precision, consumers, needs_dx
-            )
+            dx, *lists = kernels.stack_backward(dh, x, levels, zs, stats, rows, precision, needs_dx)
     else:
-        dx, dweights, dgammas, dbetas = twin.stack_backward(
-            dh, x, weights, betas, zs, stats, taps, counts, training, unbiased
-        )
-        dx = dx if needs_dx else x.new_empty(0)
-    return (
-        dx,
-        [d.to(w.dtype).contiguous() for d, w in zip(dweights, weights, strict=True)],
-        [d.to(b.dtype).clone() for d, b in zip(dgammas, betas, strict=True)],
-        [d.to(b.dtype).clone() for d, b in zip(dbetas, betas, strict=True)],
+        dx, *lists = twin.stack_backward(dh, x, levels, zs, stats, rows, needs_dx)
+    parameters = ([getattr(level, name) for level in levels] for name in ("weight", "gamma", "beta"))
+    dweights, dgammas, dbetas = (
+        [d.to(p.dtype).clone(memory_format=torch.contiguous_format) for d, p in zip(gradients, of, strict=True)]
+        for gradients, of in zip(lists, parameters, strict=True)
     )
+    return (dx if needs_dx and dx is not None else x.new_empty(0)), dweights, dgammas, dbetas
 
 
-def _wide_dtype(x: Tensor) -> torch.dtype:
-    return torch.float64 if x.dtype == torch.float64 else torch.float32
+def _stack_forward_fake(x: Tensor, *flat: Any) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+    levels, rows, _ = _parse(flat)
+    wide = torch.float64 if x.dtype == torch.float64 else torch.float32
+    zs = [x.new_empty(row.taps.shape[1], level.weight.shape[0]) for level, row in zip(levels, rows, strict=True)]
+    stats = [x.new_empty(5, level.weight.shape[0], dtype=wide) for level in levels]
+    return _top(x, levels, rows), zs, stats
 
 
-@torch.library.register_fake("convwave::stack_forward", lib=_library)
-def _stack_forward_fake(
-    x: Tensor,
-    weights: list[Tensor],
-    gammas: list[Tensor],
-    betas: list[Tensor],
-    fixed: list[Tensor],
-    taps: list[Tensor],
-    counts: list[Tensor],
-    eps: list[float],
-    unbiased: bool,
-    precision: str,
-) -> tuple[Tensor, list[Tensor], list[Tensor]]:
-    zs = [x.new_empty(tap.shape[1], w.shape[0]) for tap, w in zip(taps, weights, strict=True)]
-    stats = [x.new_empty(5, w.shape[0], dtype=_wide_dtype(x)) for w in weights]
-    return torch.empty_like(zs[-1]), zs, stats
+def _top(x: Tensor, levels: list[Level], rows: list[Rows]) -> Tensor:
+    return x.new_empty(rows[-1].taps.shape[1], levels[-1].weight.shape[0] // levels[-1].activation.parts)
 
 
-@torch.library.register_fake("convwave::stack_inference", lib=_library)
-def _stack_inference_fake(
-    x: Tensor,
-    weights: list[Tensor],
-    gammas: list[Tensor],
-    betas: list[Tensor],
-    fixed: list[Tensor],
-    taps: list[Tensor],
-    eps: list[float],
-    precision: str,
-) -> Tensor:
-    return x.new_empty(taps[-1].shape[1], weights[-1].shape[0])
+def _stack_inference_fake(x: Tensor, *flat: Any) -> Tensor:
+    return _top(x, *_parse(flat)[:2])
 
 
-@torch.library.register_fake("convwave::stack_backward", lib=_library)
 def _stack_backward_fake(
-    dh: Tensor,
-    x: Tensor,
-    weights: list[Tensor],
-    betas: list[Tensor],
-    zs: list[Tensor],
-    stats: list[Tensor],
-    taps: list[Tensor],
-    counts: list[Tensor],
-    ranges: list[Tensor],
-    orders: list[Tensor],
-    most: list[int],
-    training: bool,
-    unbiased: bool,
-    needs_dx: bool,
-    precision: str,
+    dh: Tensor, x: Tensor, zs: list[Tensor], stats: list[Tensor], needs_dx: bool, *flat: Any
 ) -> tuple[Tensor, list[Tensor], list[Tensor], list[Tensor]]:
+    levels, _, _ = _parse(flat)
     dx = x.new_empty(x.shape) if needs_dx else x.new_empty(0)
     return (
         dx,
-        [w.new_empty(w.shape) for w in weights],
-        [torch.empty_like(b) for b in betas],
-        [torch.empty_like(b) for b in betas],
+        [level.weight.new_empty(level.weight.shape) for level in levels],
+        [level.gamma.new_empty(level.gamma.shape) for level in levels],
+        [level.beta.new_empty(level.beta.shape) for level in levels],
     )
 
 
-for _name, _implementation in (
-    ("stack_forward", _stack_forward),
-    ("stack_inference", _stack_inference),
-    ("stack_backward", _stack_backward),
+for _name, _implementation, _fake in (
+    ("stack_forward", _stack_forward, _stack_forward_fake),
+    ("stack_inference", _stack_inference, _stack_inference_fake),
+    ("stack_backward", _stack_backward, _stack_backward_fake),
 ):
     _library.impl(_name, _implementation, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"convwave::{_name}", _fake, lib=_library)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Autograd
 
 
-class _Options(NamedTuple):
-    """What `_Stack` is given besides tensors."""
+class _Call(NamedTuple):
+    """How a stack is computed."""
 
-    levels: int
-    training: bool
-    has_counts: bool
-    most: tuple[int, ...]  # of the consumers; empty without any
-    eps: tuple[float, ...]
-    unbiased: bool
+    options: _Options
+    sizes: tuple[int, ...]  # tensors of each kind, in the order of `_Tensors`
     precision: str
+    op: bool  # through the ops; else directly in plain PyTorch
 
 
-def _split(options: _Options, tensors: Sequence[Tensor]) -> list[list[Tensor]]:
-    """weights, gammas, betas, fixed, taps, counts, ranges, orders: one list for each, of `levels` tensors or none."""
-    L = options.levels
-    present = [True, True, True, not options.training, True, options.has_counts, bool(options.most), bool(options.most)]
+def _grouped(call: _Call, tensors: Sequence[Tensor]) -> _Tensors:
     lists, start = [], 0
-    for there in present:
-        lists.append(list(tensors[start : start + L]) if there else [])
-        start += L if there else 0
-    return lists
+    for size in call.sizes:
+        lists.append(list(tensors[start : start + size]))
+        start += size
+    return _Tensors(*lists)
 
 
 class _Stack(torch.autograd.Function):
-    """h, pre-activations and statistics of a stack; gradients for x, weights, gammas and betas."""
+    """h, statistics, and what the backward pass keeps; gradients for x, weights, gammas and betas."""
 
     @staticmethod
-    def forward(x: Tensor, options: _Options, *tensors: Tensor) -> tuple[Tensor, ...]:
-        weights, gammas, betas, fixed, taps, counts, _, _ = _split(options, tensors)
-        h, zs, stats = torch.ops.convwave.stack_forward(
-            x,
-            weights,
-            gammas,
-            betas,
-            fixed,
-            taps,
-            counts,
-            list(options.eps),
-            options.unbiased,
-            options.precision,
-        )
-        return (h, *zs, *stats)
+    def forward(x: Tensor, call: _Call, *tensors: Tensor) -> tuple[Tensor, ...]:
+        t = _grouped(call, tensors)
+        if call.op:
+            h, zs, stats = torch.ops.convwave.stack_forward(x, *t, *call.options, call.precision)
+            return (h, *stats, *zs)
+        tape = twin.forward(x, *_unflatten(t, call.options))
+        return (tape.h[-1], *tape.stats, *tape.z, *tape.h[:-1])
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        x, options, *tensors = inputs
+        x, call, *tensors = inputs
         ctx.mark_non_differentiable(*output[1:])
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(x, *tensors, *output[1:])
-        ctx.options = options
+        ctx.save_for_backward(x, *tensors, *output)
+        ctx.call = call
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, dh: Tensor | None, *others: None) -> tuple[Tensor | None, ...]:
-        options: _Options = ctx.options
-        L = options.levels
+        call: _Call = ctx.call
+        L, n = len(call.options.eps), sum(call.sizes)
         x, *saved = ctx.saved_tensors
-        tensors, zs, stats = saved[: -2 * L], saved[-2 * L : -L], saved[-L:]
+        nothing = (None,) * (2 + n)
         if dh is None:
-            return (None,) * (2 + len(tensors))
-        weights, _, betas, _, taps, counts, ranges, orders = _split(options, tensors)
-        dx, *lists = torch.ops.convwave.stack_backward(
-            dh,
-            x,
-            weights,
-            betas,
-            zs,
-            stats,
-            taps,
-            counts,
-            ranges,
-            orders,
-            list(options.most),
-            options.training,
-            options.unbiased,
-            ctx.needs_input_grad[0],
-            options.precision,
-        )
-        rest = (None,) * (len(tensors) - 3 * L)
-        return (dx if ctx.needs_input_grad[0] else None, None, *(d for tensors in lists for d in tensors), *rest)
+            return nothing
+        t, (h, *kept) = _grouped(call, saved[:n]), saved[n:]
+        if (
+            torch.is_grad_enabled() and not torch.compiler.is_compiling()
+        ):  # a second derivative is to follow: the definition's, by autograd
+            return _differentiable_backward(ctx, dh, x, t, call)
+        stats, zs, hs = kept[:L], kept[L : 2 * L], kept[2 * L :]
+        needs_dx = ctx.needs_input_grad[0]
+        dx: Tensor | None
+        if call.op:
+            dx, *lists = torch.ops.convwave.stack_backward(
+                dh, x, zs, stats, needs_dx, *t, *call.options, call.precision
+            )
+        else:
+            levels, rows = _unflatten(t, call.options)
+            tape = twin.Tape([*hs, h], zs, stats)
+            dx, *lists = twin.backward(dh, x, levels, tape, rows, needs_dx)
+        gradients = [d for tensors in lists for d in tensors]
+        gradients = [d.to(p.dtype) for d, p in zip(gradients, (*t.weights, *t.gammas, *t.betas), strict=True)]
+        return (dx if needs_dx else None, None, *gradients, *(None,) * (n - 3 * L))
 
 
-def stack(
-    x: Tensor,
-    weights: Sequence[Tensor],
-    gammas: Sequence[Tensor],
-    betas: Sequence[Tensor],
-    fixed: Sequence[Tensor],
-    taps: Sequence[Tensor],
-    counts: Sequence[Tensor],
-    eps: Sequence[float],
-    unbiased: bool,
-    precision: str = "auto",
-    consumers: Sequence[Consumers] = (),
-) -> tuple[Tensor, list[Tensor]]:
-    """L levels through the ops, differentiable in x, weights, gammas and betas.
+def _differentiable_backward(ctx: Any, dh: Tensor, x: Tensor, t: _Tensors, call: _Call) -> tuple[Tensor | None, ...]:
+    variables = [x, *t.weights, *t.gammas, *t.betas]
+    needed = [needs for i, needs in enumerate(ctx.needs_input_grad) if i != 1][: len(variables)]
+    levels, rows = _unflatten(t, call.options)
+    h, _ = naive.stack(x, levels, rows)
+    wanted = [v for v, needs in zip(variables, needed, strict=True) if needs]
+    found = iter(torch.autograd.grad(h, wanted, dh, create_graph=True))
+    dx, *rest = [next(found) if needs else None for needs in needed]
+    return (dx, None, *rest, *(None,) * (sum(call.sizes) - len(rest)))
+
+
+def _only_autograd_can(x: Tensor, levels: Sequence[Level]) -> bool:
+    """Whether something differentiates that a hand-written backward pass cannot serve: jvp, vmap, nested transforms."""
+    if torch.compiler.is_compiling():
+        return False
+    tensors = (x, *(t for level in levels for t in (level.weight, level.gamma, level.beta)))
+    if any(torch.autograd.forward_ad.unpack_dual(t).tangent is not None for t in tensors):
+        return True
+    if not torch._C._are_functorch_transforms_active():
+        return False
+    transforms = torch._C._functorch.get_interpreter_stack() or []
+    return [i.key() for i in transforms] != [torch._C._functorch.TransformType.Grad]
+
+
+def conv_stack(
+    x: Tensor, levels: Sequence[Level], rows: Sequence[Rows], backend: str = "eager", precision: str = "auto"
+) -> Tensor:
+    """Levels one above the other; moves the running statistics of those in training mode.
+
+    Differentiable, to any order, in x and in each level's weight, gamma and beta.
 
     Args:
-        fixed: statistics (5, H) per level, see `fold.fixed_stats`; none in training mode.
-        consumers: per level; found out in the backward pass where not given.
-        others: see `twin.stack_forward`.
+        x: (N_0, C) bottom rows.
+        levels, rows: from the bottom up; every level obeys its own mode, eps, momentum and kind of variance.
+        backend: "eager" or "triton".
+        precision: of float32 products in kernels, see `PRECISIONS`.
 
     Returns:
-        (N_L, H_L) activations; statistics (5, H) per level.
+        (N_L, H_L) of x's dtype.
+
+    Raises:
+        ValueError: too few rows for a variance (as far as totals are known without waiting for a GPU; NaN where not),
+            or an unknown precision.
     """
     if precision not in PRECISIONS:
         raise ValueError(f"precision: expected one of {', '.join(PRECISIONS)}, got {precision!r}")
-    differentiable = torch.is_grad_enabled() and any(t.requires_grad for t in (x, *weights, *gammas, *betas))
-    if fixed and not differentiable:
-        h = torch.ops.convwave.stack_inference(
-            x, list(weights), list(gammas), list(betas), list(fixed), list(taps), list(eps), precision
-        )
-        return h, list(fixed)
-    options = _Options(
-        len(weights),
-        not fixed,
-        bool(counts),
-        tuple(c.most for c in consumers),
-        tuple(eps),
-        unbiased,
-        precision,
-    )
-    lists = (weights, gammas, betas, fixed, taps, counts, [c.ranges for c in consumers], [c.order for c in consumers])
-    h, *rest = _Stack.apply(x, options, *(tensor for tensors in lists for tensor in tensors))
-    return h, rest[len(weights) :]
+    for level, row in zip(levels, rows, strict=True):
+        if level.of_rows:
+            total = _known_total(row)
+            if total is not None:
+                check_total(total, level.unbiased)
+    op = backend == "triton" and runs_kernels(x)
+    if _only_autograd_can(x, levels) or (not op and torch.compiler.is_compiling()):
+        h, taken = naive.stack(x, levels, rows)
+        for level, stats in zip(levels, taken, strict=True):
+            if stats is not None and level.training:
+                track(level, stats.mean.detach(), stats.var.detach(), stats.total)
+        return h
+    parameters = [t for level in levels for t in (level.weight, level.gamma, level.beta)]
+    differentiable = torch.is_grad_enabled() and any(t.requires_grad for t in (x, *parameters))
+    tensors, options = _flatten(levels, rows)
+    if not differentiable and not any(options.training):
+        if op:
+            return torch.ops.convwave.stack_inference(x, *tensors, *options, precision)
+        return twin.inference(x, levels, rows)
+    call = _Call(options, tuple(len(kind) for kind in tensors), precision, op)
+    h, *rest = _Stack.apply(x, call, *(t for kind in tensors for t in kind))
+    for level, row, found in zip(levels, rows, rest, strict=False):
+        if level.training:
+            s = Stats(*found.detach())
+            track(level, s.mean, s.var, s.total if row.total is None else row.total)
+    return h
+
+
+def _known_total(row: Rows) -> float | None:
+    """The sum of a level's counts, None where finding it would wait for a GPU or a trace."""
+    if row.total is not None:
+        return row.total
+    if row.counts is None:
+        return float(row.taps.shape[1])
+    traced = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
+    return None if row.counts.is_cuda or traced else float(row.counts.double().sum())

@@ -1,157 +1,95 @@
-"""The definition of a level in plain PyTorch."""
+"""The definition of a level, and nothing else: the shortest readable PyTorch, differentiated by autograd.
+
+Everything fast is tested against this file, in float64. It is also what runs under `torch.compile`, `torch.func` and
+forward-mode differentiation, and what second derivatives are taken of.
+
+Shapes: N rows of a level, N' rows of the level below, C channels below, H channels, P parts of the activation, k taps.
+"""
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from convwave.ops.level import _total, center, track
+from convwave.data.graph import Rows
+from convwave.ops.level import Level, Stats, wide
 
 
-def gather_conv(h: Tensor, weight: Tensor, taps: Tensor, shift: Tensor | None = None) -> Tensor:
-    """Convolution over gathered rows: ``z[n] = shift + sum_j weight[:, :, j] @ h[taps[j, n]]``.
-
-    Args:
-        h: (N', C) activations of the level below.
-        weight: (H, C, k), torch's Conv1d layout, oldest tap first.
-        taps: (k, N) int64 rows of `h`.
-        shift: (H,) or None for 0.
-
-    Returns:
-        (N, H).
-    """
-    H, C, k = weight.shape
-    if h.shape[0] * k < taps.shape[1] and C * k >= H:
-        # fewer rows below than above, as in a distinct graph: multiply each once, then gather and add
-        z = _affine(h, weight[:, :, 0].T, shift).index_select(0, taps[0])
-        for j in range(1, k):
-            z.add_((h @ weight[:, :, j].T).index_select(0, taps[j]))
-        return z
-    joined = torch.cat([h.index_select(0, tap) for tap in taps], dim=1)  # (N, kC)
-    return _affine(joined, weight.permute(2, 1, 0).reshape(k * C, H), shift)
+def gather(x: Tensor, tap: Tensor) -> Tensor:
+    """Rows of x (N', C) by number (N,); a row of zeros for -1."""
+    return torch.where((tap >= 0)[:, None], x.index_select(0, tap.clamp(min=0)), 0)
 
 
-def _affine(x: Tensor, weight: Tensor, shift: Tensor | None) -> Tensor:
-    return x @ weight if shift is None else torch.addmm(shift, x, weight)
-
-
-def batch_norm(
-    z: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    running_mean: Tensor,
-    running_var: Tensor,
-    *,
-    weights: Tensor | None = None,
-    total: float | None = None,
-    training: bool = False,
-    unbiased: bool = True,
-    momentum: float = 0.1,
-    eps: float = 1e-5,
-) -> Tensor:
-    """BatchNorm whose rows carry multiplicities.
-
-    In training mode it normalises with the weighted statistics of `z` and moves the running ones towards them in
-    place; otherwise it normalises with the running ones. With ``unbiased=True`` the unbiased variance is used for
-    both, as in the post; with ``unbiased=False`` the biased one normalises and the unbiased one is tracked, as in
-    `torch.nn.BatchNorm1d`.
+def conv(x: Tensor, weight: Tensor, taps: Tensor) -> Tensor:
+    """Convolution over gathered rows: ``z[n] = sum_j weight[:, :, j] @ x[taps[j, n]]``.
 
     Args:
-        z: (N, H).
-        weight, bias, running_mean, running_var: (H,).
-        weights: (N,) how many windows contain each row; None means 1 each.
-        total: sum of the weights; computed when None.
-
-    Returns:
-        (N, H).
-
-    Raises:
-        ValueError: too few rows for a variance in training mode.
-    """
-    if not training:
-        return (z - running_mean) * (weight * torch.rsqrt(running_var + eps)) + bias
-    total = _total(z, weights, total)
-    mean, var, deviation = center(z, weights, total, unbiased)
-    track(running_mean, running_var, mean, var, total, unbiased, momentum)
-    return torch.addcmul(bias, deviation, weight * torch.rsqrt(var + eps))
-
-
-class _NormTanh(torch.autograd.Function):
-    """``tanh(batch_norm(z))`` in training mode, with the gradient in closed form: 8 passes over memory, not 20.
-
-    With zhat = (z - mean) * rstd, g the gradient in front of the tanh (summed over all that read the row), w the
-    weights, n their sum and c = 1 for the unbiased variance, else 0:
-
-        dbeta = sum g,   dgamma = sum g zhat,
-        dz = gamma rstd (g - w (dbeta / n + zhat dgamma / (n - c)))
-
-    The weights multiply the correction and not g: a row that stands for w windows has all their gradients in g already.
-    """
-
-    @staticmethod
-    def forward(
-        z: Tensor, gamma: Tensor, beta: Tensor, weights: Tensor | None, total: float, unbiased: bool, eps: float
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-        mean, var, deviation = center(z, weights, total, unbiased)
-        rstd = torch.rsqrt(var + eps)
-        return torch.addcmul(beta, deviation, gamma * rstd).tanh_(), mean, var, deviation, rstd
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        _, gamma, _, weights, total, unbiased, _ = inputs
-        h, mean, var, deviation, rstd = output
-        ctx.mark_non_differentiable(mean, var, deviation, rstd)
-        ctx.save_for_backward(h, deviation, rstd, gamma, weights)
-        ctx.total, ctx.divisor = total, total - 1 if unbiased else total
-
-    @staticmethod
-    def backward(ctx: Any, dh: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
-        h, deviation, rstd, gamma, weights = ctx.saved_tensors
-        g = torch.ops.aten.tanh_backward(dh, h)
-        dbeta = g.sum(0)
-        dgamma = (g * deviation).sum(0) * rstd
-        correction = torch.addcmul(dbeta / ctx.total, deviation, dgamma * rstd / ctx.divisor)
-        if weights is not None:
-            correction.mul_(weights.to(g.dtype)[:, None])
-        dz = g.sub_(correction).mul_(gamma * rstd)
-        return dz, dgamma, dbeta, None, None, None, None
-
-
-def level(
-    x: Tensor,
-    weight: Tensor,
-    norm_weight: Tensor,
-    norm_bias: Tensor,
-    running_mean: Tensor,
-    running_var: Tensor,
-    *,
-    taps: Tensor,
-    counts: Tensor | None = None,
-    total: float | None = None,
-    training: bool = False,
-    unbiased: bool = True,
-    momentum: float = 0.1,
-    eps: float = 1e-5,
-) -> Tensor:
-    """One level of the network: ``tanh(batch_norm(gather_conv(x)))``.
-
-    Args:
-        x: (N', C) activations of the level below.
+        x: (N', C).
         weight: (H, C, k), oldest tap first.
-        norm_weight, norm_bias, running_mean, running_var: (H,).
-        taps: (k, N) int64 rows of `x`: a level of a graph.
-        counts, total, training, unbiased, momentum, eps: see `batch_norm`.
+        taps: (k, N) rows of x; -1 stands for a row of zeros.
 
     Returns:
         (N, H).
     """
-    if not training:  # fold the running statistics into the convolution
-        scale = norm_weight * torch.rsqrt(running_var + eps)
-        return gather_conv(x, weight * scale[:, None, None], taps, norm_bias - running_mean * scale).tanh_()
-    z = gather_conv(x, weight, taps)
-    total = _total(z, counts, total)
-    h, mean, var, _, _ = _NormTanh.apply(z, norm_weight, norm_bias, counts, total, unbiased, eps)
-    track(running_mean, running_var, mean, var, total, unbiased, momentum)
-    return h
+    joined = torch.cat([gather(x, tap) for tap in taps], 1)  # (N, kC)
+    return joined @ weight.permute(2, 1, 0).flatten(0, 1)
+
+
+def statistics(z: Tensor, counts: Tensor | None, unbiased: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """Mean and variance of rows of which row n stands for ``counts[n]`` equal ones, and the sum of the counts.
+
+    Args:
+        z: (N, H), float32 at least.
+        counts: (N,) >= 0, any dtype; None means 1 each.
+        unbiased: divide by the sum of the counts less 1 instead of the sum.
+
+    Returns:
+        (H,), (H,), (); NaN or infinite where the counts are too few for a variance.
+    """
+    w = torch.ones_like(z[:, :1]) if counts is None else counts.to(z.dtype)[:, None]
+    total = w.sum()
+    mean = (w * z).sum(0) / total
+    return mean, (w * (z - mean).square()).sum(0) / (total - 1 if unbiased else total), total
+
+
+def batch_norm(z: Tensor, level: Level, counts: Tensor | None = None) -> tuple[Tensor, Stats | None]:
+    """Normalise, scale and shift the rows of a level; running statistics are read and not moved.
+
+    Args:
+        z: (N, P * H).
+        counts: (N,) or None, see `statistics`.
+
+    Returns:
+        (N, P * H), float32 at least; the statistics of the rows where they were taken.
+    """
+    z, stats = wide(z), None
+    if level.of_rows:
+        mean, var, total = statistics(z, counts, level.unbiased)
+        rstd = torch.rsqrt(var + level.eps)
+        stats = Stats(mean, rstd, rstd * level.gamma, var, total)
+    else:
+        assert level.running_mean is not None
+        assert level.running_var is not None
+        mean, rstd = wide(level.running_mean), torch.rsqrt(wide(level.running_var) + level.eps)
+    return (z - mean) * (rstd * level.gamma) + level.beta, stats
+
+
+def stack(x: Tensor, levels: Sequence[Level], rows: Sequence[Rows]) -> tuple[Tensor, list[Stats | None]]:
+    """Levels one above the other.
+
+    Args:
+        x: (N_0, C) bottom rows.
+        levels, rows: from the bottom up.
+
+    Returns:
+        (N_L, H_L) of x's dtype; per level, the statistics of its rows where they were taken.
+    """
+    taken = []
+    for level, (taps, counts, *_) in zip(levels, rows, strict=True):
+        z = conv(x, level.weight.to(x.dtype), taps)
+        y, stats = batch_norm(z, level, counts)
+        x = level.activation.value(y).to(x.dtype)
+        taken.append(stats)
+    return x, taken

@@ -24,10 +24,16 @@ from convwave.data.batches import Batch, padded
 from convwave.data.packing import Packed, Vocabulary
 from convwave.nn import ConvWave
 from convwave.ops.fold import Buffers, fold_head
+from convwave.ops.level import check_total
 from convwave.train.config import Config
 from convwave.train.optim import ADAM_BETA2, orthogonalize
 from convwave.train.setup import convolution, network_state, prefixed, ready, restore_network, without_prefix
 from convwave.train.tiers import Run
+
+
+def variance_divisor(total: float, unbiased: bool) -> float:
+    check_total(total, unbiased)
+    return total - 1 if unbiased else total
 
 
 class ClosedForm:
