@@ -125,12 +125,11 @@ def _cells(rows: Rows) -> list[str]:
 def show(document: Document, console: Console) -> None:
     """The table of a study, and whether the machine was quiet enough."""
     head, *lines = cells(document)
-    end = len(head) - (head[-1] == "note")  # reasons would widen the table: they stand below it
-    found = table(
-        f"{document['study']} on {document['provenance']['device']}", head[:end], [line[:end] for line in lines]
-    )
-    console.print(found, width=min(console.width, WIDTH))
-    for reason in dict.fromkeys(line[-1] for line in lines if line[end:] not in ([], [""])):
+    shown = [i for i, name in enumerate(head) if name not in ("B/position", "note")]  # too wide for a terminal
+    kept = [[line[i] for i in shown] for line in [head, *lines]]
+    title = f"{document['study']} on {document['provenance']['device']}"
+    console.print(table(title, kept[0], kept[1:]), width=min(console.width, WIDTH))
+    for reason in dict.fromkeys(line[-1] for line in lines if head[-1] == "note" and line[-1]):
         console.print(f"{', '.join(dict.fromkeys(line[0].strip() for line in lines if line[-1] == reason))}: {reason}")
     timed = sum(row["metric"] == "seconds" and row["n"] > 1 for row in document["rows"])
     if document["noisy"]:

@@ -159,7 +159,6 @@ class Network:
     def reference(self, name: str = "the post's own classes") -> Competitor:
         """The post's network as it stands, with its unbiased variance; checked against the same in float64."""
         post = self._copy(self.model)
-        post.unbiased = True
         for block in post.layers:
             block.norm.unbiased = True
 
