@@ -32,13 +32,12 @@ figures: $(READY)
 	$(BIN)/python -m benchmarks.speedrun
 	$(BIN)/python -m benchmarks.speedrun --track open
 	$(BIN)/python -m benchmarks.speedrun --profile
-	$(BIN)/python -m benchmarks.equality
 	$(BIN)/convwave verify --out benchmarks/results
 	rm -rf runs/reproduce
 	$(BIN)/convwave reproduce
 	mkdir -p benchmarks/results/reproduce
 	cp runs/reproduce/reproduce.json runs/reproduce/reproduce.png benchmarks/results/reproduce/
-	$(BIN)/python -m benchmarks.readme
+	$(BIN)/python -m benchmarks.report
 
 # Every study of `convwave bench` on this CPU, into benchmarks/results/cpu/, the report and the README (half an hour).
 # Cut short, it goes on where it stopped: what is done waits in runs/studies/.
@@ -48,9 +47,9 @@ studies: $(READY)
 	mv runs/studies/* benchmarks/results/cpu/
 	$(BIN)/convwave bench --report
 
-# pytest-benchmark over benchmarks/bench_*.py: each checks its result before it is timed.
+# pytest-benchmark over benchmarks/bench_pieces.py: each piece checks its result before it is timed.
 bench: $(READY)
-	$(BIN)/python -m pytest benchmarks -o addopts= -o python_files='bench_*.py' -o python_functions='bench_*' \
+	$(BIN)/python -m pytest benchmarks/bench_pieces.py -o addopts= -o python_files='bench_*.py' -o python_functions='bench_*' \
 	  --benchmark-only --benchmark-sort=name --benchmark-columns=median,iqr,min,max,rounds
 
 # The kernels under NVIDIA's memory and race checkers (CUDA toolkit, a GPU; the system's Python as for `make gpu`).

@@ -4,17 +4,8 @@
 
 It needs Python with torch, triton, numpy, pytest, hypothesis, safetensors and rich, with matplotlib draws pictures too,
 and needs no network. It makes the checkout importable, runs the GPU tests, then all studies, within nine minutes, and
-writes to the folder $OUT (default benchmarks/results/DEVICE/):
-
-    tests.txt      what pytest said
-    studies.json   every figure, written after every step of every study
-    studies.png    the pictures of the studies that are done
-    studies.txt    the tables
-    report.html    all of it on one page
-    speedrun-cuda.json   the speedrun, where names.txt is there and the target is reached
-
-Whatever stops it, the first four hold what was done until then, and `convwave bench --report` makes the page of them.
-Every study is a process of its own: after a CUDA error nothing more runs in the process that met it.
+writes the `FILES` below to the folder $OUT (default benchmarks/results/DEVICE/). Whatever stops it, they hold what was
+done until then. Every study is a process of its own: after a CUDA error nothing more runs in the process that met it.
 """
 
 from __future__ import annotations
@@ -86,12 +77,12 @@ def main() -> int:
             studies = KILLED
             continue
         share = left * PARTS.get(name, 1) / sum(PARTS.get(later, 1) for later in ORDER[i:])
-        bench = ["-m", "convwave", "bench", name, "--device", args.device, "--bundle", "--out", str(out)]
+        bench = ["-m", "benchmarks", name, "--device", args.device, "--bundle", "--out", str(out)]
         bench += [f"--budget={max(1, round(BUDGET_SHARE * share))}", *(["--quick"] if args.quick else [])]
         status = run(bench, out / "studies.txt", environment, min(left, STARTING + OVERTIME * share))
         print(f"{name}: {'done' if status == 0 else 'wrong or cut short, see studies.txt'}", flush=True)
         studies = studies or status
-    report = [sys.executable, "-m", "convwave", "bench", "--report", "--out", str(out)]
+    report = [sys.executable, "-m", "benchmarks", "--report", "--out", str(out)]
     subprocess.run(report, cwd=ROOT, env=environment, capture_output=True, check=False)
     print(f"written to {out}: {', '.join(sorted(path.name for path in out.iterdir()))}", flush=True)
     return int(tests not in (0, NO_TESTS) or studies != 0)
@@ -109,13 +100,10 @@ def importable(environment: dict[str, str]) -> dict[str, str]:
     if imports(environment):
         return environment
     site = Path(tempfile.mkdtemp(prefix="convwave-"))
-    package = site / "convwave"
-    package.mkdir()
-    for path in (ROOT / "convwave").iterdir():
-        if path.name != "__pycache__":
-            (package / path.name).symlink_to(path)
-    (package / "kernels").symlink_to(ROOT / "kernels")
-    (package / "given_names").symlink_to(ROOT / "data/given_names")
+    (site / "convwave").mkdir()
+    sources = [path for path in (ROOT / "convwave").iterdir() if path.name != "__pycache__"]
+    for path in [*sources, ROOT / "kernels", ROOT / "data/given_names"]:
+        (site / "convwave" / path.name).symlink_to(path)
     paths = [str(site), str(ROOT), environment.get("PYTHONPATH", "")]
     linked = {**environment, "PYTHONPATH": os.pathsep.join(filter(None, paths))}
     if not imports(linked):
@@ -125,22 +113,20 @@ def importable(environment: dict[str, str]) -> dict[str, str]:
 
 def imports(environment: dict[str, str]) -> bool:
     """Whether `convwave` and its kernels come from this checkout."""
-    code = "import convwave.kernels, pathlib; print(pathlib.Path(convwave.provenance.__file__).resolve().parent)"
-    done = subprocess.run(
-        [sys.executable, "-c", f"import convwave.provenance; {code}"],
-        env=environment,
-        cwd=tempfile.gettempdir(),
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    return done.returncode == 0 and Path(done.stdout.strip()) == ROOT / "convwave"
+    done = python("import convwave.kernels; print(convwave.__file__)", environment)
+    return done.returncode == 0 and Path(done.stdout.strip()).resolve().parent == ROOT / "convwave"
+
+
+def python(code: str, environment: dict[str, str]) -> subprocess.CompletedProcess[str]:
+    """Run code in a process of its own, outside the checkout."""
+    command, cwd = [sys.executable, "-c", code], tempfile.gettempdir()
+    return subprocess.run(command, env=environment, cwd=cwd, capture_output=True, text=True, check=False)
 
 
 def device_folder(device: str, environment: dict[str, str]) -> str:
     """The device's name as a folder's."""
-    code = f"from convwave.provenance import device_name; print(device_name({device!r}))"
-    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
+    code = f"from convwave.runs.registry import device_name; print(device_name({device!r}))"
+    done = python(code, environment)
     if done.returncode:
         reason = done.stderr.strip().splitlines()[-1]
         sys.exit(f"gpu: needs a device {device!r}, there is none here: {reason}")

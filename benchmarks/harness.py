@@ -1,20 +1,19 @@
 """Measuring: check first, then time all competitors in turn, and say how far the figures can be trusted.
 
-- *Check before time.* Every competitor's result is compared with one computed in float64 before any clock runs. One
-  that is wrong is reported as wrong, with its error, and is never timed.
-- *Interleaved.* A round times every competitor once, in an order that is drawn anew; so a machine whose speed drifts
-  slows all of them alike, and a speed-up is the median of the ratios within rounds.
-- *Quantiles.* Every figure is a median with its 5, 25, 75 and 95 % quantiles and the number of samples.
-- *Noise.* How far another run's median may lie from this one, as far as one run can tell: the larger of how far the
-  medians of the earlier and the later rounds are apart and of the median's 95 % interval. Above 10 % the time is marked
-  and the study says "machine too noisy".
+- *Check before time.* Every result is compared with one computed in float64 before any clock runs. A competitor that is
+  wrong is reported with its error, and is never timed.
+- *Interleaved.* A round times every competitor once, in an order that is drawn anew, so a machine whose speed drifts
+  slows all of them alike.
+- *One set of samples.* Time, rate and speed-up of a competitor come from the same rounds: the rate is positions over
+  the median time, the speed-up the ratio of two such rates. Its quantiles are those of the ratios within rounds.
+- *Noise.* How far another run's median may lie from this one, as far as one run can tell. Above 10 % every figure of
+  the competitor is marked, and the study says "machine too noisy".
 
-On CUDA a sample is wall time between synchronisations; beside it stand the replay of the same work as a CUDA graph,
+On CUDA a sample is wall time between synchronisations; next to it stand the replay of the same work as a CUDA graph,
 which has no launch overhead, and the time that kernels were running, from the profiler.
 
 Peak memory is what a run holds above what was there before it: on CUDA from the caching allocator's high-water mark;
-on a CPU from the profiler's record of every allocation and release of PyTorch's own allocator, summed in time order.
-Scratch memory that BLAS takes for itself is in neither.
+on a CPU from the profiler's record of PyTorch's own allocator. Scratch memory of BLAS is in neither.
 """
 
 from __future__ import annotations
@@ -27,11 +26,12 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
 
 os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler's own messages
 
@@ -39,6 +39,7 @@ QUANTILES = {"p05": 0.05, "p25": 0.25, "median": 0.5, "p75": 0.75, "p95": 0.95}
 TOO_NOISY = 0.10
 TIME_UP = "the time was up"
 EXACT = 1e-8  # relative, in float64, with room for what BatchNorm amplifies
+Results = Mapping[str, Tensor]
 
 
 class Unavailable(Exception):
@@ -49,7 +50,7 @@ class Work(NamedTuple):
     """A competitor that is ready: the action that is timed, what it computes, by name, and what it trains."""
 
     run: Callable[[], Any]
-    result: Callable[[], Mapping[str, Tensor]]
+    result: Callable[[], Results]
     parameters: Sequence[Tensor] = ()
 
 
@@ -63,9 +64,9 @@ class Competitor:
         dtype: of its arithmetic; sets the precision that the check expects.
         positions: that one run handles, when it is another number than its rivals'.
         expected: what it must compute, when that is not what its rivals compute.
-        group: competitors of a group share one bound on the error, derived from its first member, the yardstick.
-        exact: of a yardstick, the result of the same code in float64: proof that its error is rounding alone.
-        replays: it replays CUDA graphs by itself, so no other graph is made of it.
+        group: competitors of a group share one error bound, derived from its first member, the baseline of errors.
+        exact: of a baseline of errors, the result of the same code in float64: proof that its error is rounding alone.
+        replays: it replays CUDA graphs by itself, so no other CUDA graph is made of it.
         captures: a CUDA graph can be made of it; one that fails may spoil what is captured after it.
     """
 
@@ -73,9 +74,9 @@ class Competitor:
     make: Callable[[], Work]
     dtype: torch.dtype = torch.float32
     positions: int | None = None
-    expected: Mapping[str, Tensor] | None = None
+    expected: Results | None = None
     group: str = ""
-    exact: Callable[[], Mapping[str, Tensor]] | None = None
+    exact: Callable[[], Results] | None = None
     replays: bool = False
     captures: bool = True
 
@@ -96,7 +97,7 @@ class Settings:
     device: str = "cpu"
     rounds: int = 15
     least_rounds: int = 4
-    seconds: float = 20.0
+    seconds: float = 12.0
     sample_seconds: float = 0.004
     deadline: float | None = None
 
@@ -145,6 +146,10 @@ class Point(NamedTuple):
     def row(self, provider: str, metric: str, unit: str, **values: Any) -> Row:
         return Row(self.study, provider, self.mode, metric, unit, self.device, self.x_name, self.x, **values)
 
+    def absent(self, provider: str, reason: str, metric: str = "seconds") -> Row:
+        """The row of something that was not measured."""
+        return self.row(provider, metric, "s", status="not measured", note=reason)
+
 
 def quantiles(samples: Sequence[float]) -> dict[str, float]:
     """Median and quantiles by linear interpolation between the ordered samples."""
@@ -183,27 +188,27 @@ def statistics(samples: Sequence[float]) -> dict[str, Any]:
 # Checking
 
 
-def relative_error(got: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> float:
+def relative_error(got: Results, expected: Results) -> float:
     """Largest, over all named tensors, of the norm of the difference over the norm of what was expected."""
     if got.keys() != expected.keys():
         raise ValueError(f"result: expected {sorted(expected)}, got {sorted(got)}")
     worst = 0.0
-    for name, reference in expected.items():
-        if got[name].shape != reference.shape:
-            raise ValueError(f"{name}: expected shape {tuple(reference.shape)}, got {tuple(got[name].shape)}")
-        exact = reference.detach().double()
+    for name, truth in expected.items():
+        if got[name].shape != truth.shape:
+            raise ValueError(f"{name}: expected shape {tuple(truth.shape)}, got {tuple(got[name].shape)}")
+        exact = truth.detach().double()
         error = (got[name].detach().to(exact.device, torch.float64) - exact).norm() / exact.norm().clamp(min=1e-300)
         worst = max(worst, float(error)) if math.isfinite(float(error)) else math.inf
     return worst
 
 
-def error_bound(yardstick: float, dtype: torch.dtype) -> float:
+def error_bound(baseline: float, dtype: torch.dtype) -> float:
     """Four times the error of PyTorch's own result in the same precision, at least sixteen roundings."""
-    return max(4 * yardstick, 16 * torch.finfo(dtype).eps)
+    return max(4 * baseline, 16 * torch.finfo(dtype).eps)
 
 
-def yardstick_bound(competitor: Competitor, expected: Mapping[str, Tensor]) -> float:
-    """What a yardstick itself may err.
+def baseline_bound(competitor: Competitor, expected: Results) -> float:
+    """Error bound of a baseline of errors.
 
     Half of the digits; or, where its code gives the expected result in float64, a tenth: nn.BatchNorm1d on a CPU adds
     up row by row, and over a million float32 rows 0.4 % is what that costs.
@@ -249,27 +254,25 @@ def capture(run: Callable[[], Any]) -> Callable[[], Any]:
     current = torch.cuda.current_stream()
     try:
         stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
+        stream.wait_stream(current)
         with torch.cuda.stream(stream):
             for _ in range(3):
                 run()
-        torch.cuda.current_stream().wait_stream(stream)
+        current.wait_stream(stream)
         torch.cuda.synchronize()
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
+        cuda_graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(cuda_graph):
             run()
-        graph.replay()
+        cuda_graph.replay()
         torch.cuda.synchronize()
     except (RuntimeError, AssertionError) as error:
         torch.cuda.set_stream(current)  # a capture that fails leaves its own behind
         raise Unavailable(f"cannot be captured: {first_line(error)}") from None
-    return graph.replay
+    return cuda_graph.replay
 
 
 def kernel_launches(run: Callable[[], Any], calls: int = 5) -> list[tuple[str, float]]:
     """Name and device seconds of every kernel that `calls` calls start, in the order in which they ran. CUDA only."""
-    from torch.profiler import ProfilerActivity, profile
-
     run()
     torch.cuda.synchronize()
     with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiler:
@@ -281,11 +284,7 @@ def kernel_launches(run: Callable[[], Any], calls: int = 5) -> list[tuple[str, f
 
 def device_launches(events: Any) -> list[tuple[str, float]]:
     """Name and seconds of what ran on the device, in order, of a profiler's events; annotations are no kernels."""
-    found = [
-        event
-        for event in events
-        if event.device_type.name == "CUDA" and not getattr(event, "is_user_annotation", False)
-    ]
+    found = [e for e in events if e.device_type.name == "CUDA" and not getattr(e, "is_user_annotation", False)]
     found.sort(key=lambda event: event.time_range.start)
     return [(event.name, event.time_range.elapsed_us() * 1e-6) for event in found]
 
@@ -305,13 +304,11 @@ def per_call(launches: Sequence[float], calls: int) -> list[float]:
 
 def operators(run: Callable[[], Any]) -> int:
     """Operators that a call hands to the CPU, those inside other operators not counted."""
-    from torch.profiler import ProfilerActivity, profile
-
     run()
     with profile(activities=[ProfilerActivity.CPU]) as profiler:
         run()
-    names = [event for event in profiler.events() if not event.cpu_children]
-    return sum(not event.name.startswith(("autograd::", "[memory]", "ProfilerStep")) for event in names)
+    names = [event.name for event in profiler.events() or [] if not event.cpu_children]
+    return sum(not name.startswith(("autograd::", "[memory]", "ProfilerStep")) for name in names)
 
 
 def peak_bytes(run: Callable[[], Any], device: str) -> int:
@@ -325,8 +322,6 @@ def peak_bytes(run: Callable[[], Any], device: str) -> int:
         run()
         synchronize(device)
         return torch.cuda.max_memory_allocated(device) - before
-    from torch.profiler import ProfilerActivity, profile
-
     with _silent(), profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         run()
     events = [e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]  # type: ignore[union-attr]
@@ -362,16 +357,16 @@ class _Entry:
     competitor: Competitor
     work: Work
     calls: int
-    seconds: list[float]
-    error: float
-    bound: float
+    checked: dict[str, float]
+    positions: int
+    seconds: list[float] = field(default_factory=list)
     replay: Callable[[], Any] | None = None
-    replay_seconds: list[float] | None = None
+    replay_seconds: list[float] = field(default_factory=list)
 
 
 def compare(
     competitors: Sequence[Competitor],
-    expected: Mapping[str, Tensor],
+    expected: Results,
     point: Point,
     settings: Settings,
     *,
@@ -382,7 +377,7 @@ def compare(
     """Check, then time competitors against each other.
 
     Args:
-        competitors: the first that can run of each group is the yardstick of that group's errors.
+        competitors: the first that can run of each group is the baseline of that group's errors.
         expected: results in float64.
         point: where in the study this stands.
         settings: how long to measure.
@@ -397,60 +392,55 @@ def compare(
     """
     rows: list[Row] = []  # of those that cannot be timed
     entries: list[_Entry] = []
-    yardsticks: dict[str, float] = {}
+    errors: dict[str, float] = {}
     for competitor in competitors:
+        provider = competitor.provider
         try:
             if settings.deadline is not None and time.monotonic() > settings.deadline:
                 raise Unavailable(TIME_UP)
             work = competitor.make()
             truth = expected if competitor.expected is None else competitor.expected
             error = relative_error(work.result(), truth)
-            yardstick = yardsticks.get(competitor.group)
-            if yardstick is None:
-                bound = yardstick_bound(competitor, truth)
+            if competitor.group in errors:
+                bound = error_bound(errors[competitor.group], competitor.dtype)
             else:
-                bound = error_bound(yardstick, competitor.dtype)
+                bound = baseline_bound(competitor, truth)
         except Unavailable as reason:
-            rows.append(absent(point, competitor.provider, str(reason)))
-            continue
+            rows.append(point.absent(provider, str(reason)))
         except torch.OutOfMemoryError:
-            rows.append(absent(point, competitor.provider, "out of memory"))
-            continue
+            rows.append(point.absent(provider, "out of memory"))
         except ValueError as reason:
-            rows.append(point.row(competitor.provider, "seconds", "s", status="wrong", note=first_line(reason)))
-            continue
+            rows.append(point.row(provider, "seconds", "s", status="wrong", note=first_line(reason)))
         except Exception as reason:  # a peer may fail in any way; the others are still to be measured
-            rows.append(absent(point, competitor.provider, f"{type(reason).__name__}: {first_line(reason)}"))
-            continue
-        if not error <= bound:
-            note = "differs from the float64 result"
-            rows.append(
-                point.row(competitor.provider, "seconds", "s", status="wrong", error=error, bound=bound, note=note)
-            )
-            continue
-        yardsticks.setdefault(competitor.group, error)
-        entries.append(_Entry(competitor, work, calls_for(work.run, settings), [], error, bound))
-    if settings.cuda:
-        for entry in entries:
-            try:
-                if entry.competitor.replays:
-                    raise Unavailable("replays CUDA graphs already")
-                if not entry.competitor.captures:
-                    raise Unavailable("copies from the host in every run")
-                entry.replay, entry.replay_seconds = capture(entry.work.run), []
-            except Unavailable as reason:
-                rows.append(absent(point, entry.competitor.provider, str(reason), "graph_seconds"))
+            rows.append(point.absent(provider, f"{type(reason).__name__}: {first_line(reason)}"))
+        else:
+            checked = {"error": error, "bound": bound}
+            if error <= bound:
+                errors.setdefault(competitor.group, error)
+                calls = calls_for(work.run, settings)
+                entries.append(_Entry(competitor, work, calls, checked, competitor.positions or positions))
+            else:
+                note = "differs from the float64 result"
+                rows.append(point.row(provider, "seconds", "s", status="wrong", note=note, **checked))
+    for entry in entries if settings.cuda else ():
+        try:
+            if entry.competitor.replays:
+                raise Unavailable("replays CUDA graphs already")
+            if not entry.competitor.captures:
+                raise Unavailable("copies from the host in every run")
+            entry.replay = capture(entry.work.run)
+        except Unavailable as reason:
+            rows.append(point.absent(entry.competitor.provider, str(reason), "graph_seconds"))
 
     order = random.Random(0)
     for _ in rounds(settings):
         for entry in order.sample(entries, len(entries)):
             entry.seconds.append(sample(entry.work.run, entry.calls, settings.device))
-            if entry.replay is not None and entry.replay_seconds is not None:
+            if entry.replay is not None:
                 entry.replay_seconds.append(sample(entry.replay, entry.calls, settings.device))
 
     base = next((entry for entry in entries if entry.competitor.provider == baseline), None)
-    timed = [row for entry in entries for row in _rows(entry, base, point, settings, positions, memory)]
-    return timed + rows
+    return [row for entry in entries for row in _rows(entry, base, point, settings, memory)] + rows
 
 
 def rounds(settings: Settings) -> Iterator[int]:
@@ -462,36 +452,43 @@ def rounds(settings: Settings) -> Iterator[int]:
         yield i
 
 
-def absent(point: Point, provider: str, reason: str, metric: str = "seconds") -> Row:
-    """The row of something that was not measured."""
-    return point.row(provider, metric, "s", status="not measured", note=reason)
+def _rows(entry: _Entry, base: _Entry | None, point: Point, settings: Settings, memory: bool) -> list[Row]:
+    rows: list[Row] = []
 
+    def add(metric: str, unit: str, values: Mapping[str, Any], note: str = "") -> None:
+        rows.append(point.row(entry.competitor.provider, metric, unit, **values, **entry.checked, note=note))
 
-def _rows(
-    entry: _Entry, base: _Entry | None, point: Point, settings: Settings, positions: int, memory: bool
-) -> list[Row]:
-    provider = entry.competitor.provider
-    checked = {"error": entry.error, "bound": entry.bound}
-    rows = [point.row(provider, "seconds", "s", **statistics(entry.seconds), **checked)]
-    count = entry.competitor.positions or positions
-    if count:
-        rates = [count / seconds for seconds in entry.seconds]
-        rows.append(point.row(provider, "positions_per_second", "1/s", **statistics(rates), **checked))
+    seconds = statistics(entry.seconds)
+    add("seconds", "s", seconds)
+    if entry.positions:
+        turned = dict(zip(QUANTILES, reversed(QUANTILES), strict=True))  # the fastest run has the shortest time
+        add("positions_per_second", "1/s", seconds | {q: entry.positions / seconds[turned[q]] for q in QUANTILES})
     if base is not None and entry is not base:
-        per_position = (entry.competitor.positions or positions or 1) / (base.competitor.positions or positions or 1)
-        ratios = [per_position * b / e for b, e in zip(base.seconds, entry.seconds, strict=True)]
-        note = f"over {base.competitor.provider}"
-        rows.append(point.row(provider, "speedup", "x", **statistics(ratios), **checked, note=note))
+        add("speedup", "x", speedup(entry, base), f"over {base.competitor.provider}")
     if entry.replay_seconds:
-        rows.append(point.row(provider, "graph_seconds", "s", **statistics(entry.replay_seconds), **checked))
+        add("graph_seconds", "s", statistics(entry.replay_seconds))
     if settings.cuda:
-        rows.append(point.row(provider, "kernel_seconds", "s", **statistics(kernel_seconds(entry.work.run)), **checked))
+        add("kernel_seconds", "s", statistics(kernel_seconds(entry.work.run)))
     if memory:
         peak = float(peak_bytes(entry.work.run, settings.device))
-        rows.append(point.row(provider, "peak_bytes", "B", **statistics([peak]), **checked))
-        if count:
-            rows.append(point.row(provider, "bytes_per_position", "B", **statistics([peak / count]), **checked))
+        add("peak_bytes", "B", statistics([peak]))
+        if entry.positions:
+            add("bytes_per_position", "B", statistics([peak / entry.positions]))
     return rows
+
+
+def speedup(entry: _Entry, base: _Entry) -> dict[str, Any]:
+    """The ratio of the two rates, with the quantiles of the ratios within rounds, widened where they do not hold it.
+
+    How far the median of those ratios is from the ratio counts as noise.
+    """
+    scale = (entry.positions or 1) / (base.positions or 1)
+    ratios = [scale * b / e for b, e in zip(base.seconds, entry.seconds, strict=True)]
+    found = statistics(ratios)
+    ratio = scale * quantiles(base.seconds)["median"] / quantiles(entry.seconds)["median"]
+    apart = max(ratio, found["median"]) / min(ratio, found["median"]) - 1
+    found |= {q: (min if share < 0.5 else max)(found[q], ratio) for q, share in QUANTILES.items()}
+    return found | {"median": ratio, "noise": max(found["noise"], apart)}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -510,24 +507,23 @@ PRECISIONS = {
 def numeric_flags(precision: str = "float32", deterministic: bool = False) -> Iterator[torch.dtype]:
     """Set precision and determinism for everything that runs inside; yields the dtype."""
     dtype, matmul = PRECISIONS[precision]
-    before = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32, torch.backends.cudnn.deterministic
+    cudnn = torch.backends.cudnn
+    before = torch.get_float32_matmul_precision(), cudnn.allow_tf32, cudnn.deterministic
     torch.set_float32_matmul_precision(matmul)
-    torch.backends.cudnn.allow_tf32 = matmul == "high"
-    torch.backends.cudnn.deterministic = deterministic
+    cudnn.allow_tf32, cudnn.deterministic = matmul == "high", deterministic
     try:
         yield dtype
     finally:
         torch.set_float32_matmul_precision(before[0])
-        torch.backends.cudnn.allow_tf32, torch.backends.cudnn.deterministic = before[1:]
+        cudnn.allow_tf32, cudnn.deterministic = before[1:]
 
 
 def flags() -> dict[str, Any]:
     """The numeric flags as they are now, for the record."""
+    cudnn = ("allow_tf32", "benchmark", "deterministic")
     return {
         "float32_matmul_precision": torch.get_float32_matmul_precision(),
-        "cudnn.allow_tf32": torch.backends.cudnn.allow_tf32,
-        "cudnn.benchmark": torch.backends.cudnn.benchmark,
-        "cudnn.deterministic": torch.backends.cudnn.deterministic,
+        **{f"cudnn.{name}": getattr(torch.backends.cudnn, name) for name in cudnn},
         "threads": torch.get_num_threads(),
     }
 

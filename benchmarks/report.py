@@ -1,77 +1,473 @@
-"""One page of all studies, self-contained: no script, nothing loaded from elsewhere, pictures as inline SVG.
+"""What people read, from the results files alone: tables, pictures, the README's figures, the page of all studies.
 
-    convwave bench --report
+    python -m benchmarks.report      writes the README's figures and benchmarks/results/report.html
 
-It follows the reader's theme, fits a phone, and links every picture and table to the JSON that it was made from.
+A figure of the README lies between ``<!-- begin NAME -->`` and ``<!-- end NAME -->``; a test holds that the README is
+what this makes.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import importlib.util
+import io
+import json
+import math
+import re
+import statistics
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from html import escape
 from pathlib import Path
+from string import Template
 from typing import Any
 
-from benchmarks import charts
-from benchmarks.command import cells
-from benchmarks.documents import RESULTS, Document
-from benchmarks.headlines import NOT_MEASURED, device_of, devices, headlines
-from benchmarks.studies import STUDIES
+from rich.console import Console
+
+from benchmarks.harness import TOO_NOISY
+from benchmarks.results import (
+    NOT_MEASURED,
+    RESULTS,
+    Document,
+    Documents,
+    device_of,
+    devices,
+    headlines,
+    is_noisy,
+    short_number,
+)
+from benchmarks.studies import STUDIES, Picture
+from convwave.cli.console import table
 from convwave.files import write_atomic
-from convwave.train.loop import UsageError
+from convwave.train import UsageError
+
+README = RESULTS.parent.parent / "README.md"
+Rows = Sequence[Mapping[str, Any]]
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Tables
+
+METRICS = {  # those with a column, then those that share the last one
+    "positions_per_second": "per second",
+    "speedup": "speed-up",
+    "peak_bytes": "memory",
+    "bytes_per_position": "B/position",
+    "graph_seconds": "graph replay",
+    "kernel_seconds": "kernels",
+}
+MORE = {
+    "fraction": "of limit",
+    "bandwidth": "B/s",
+    "rate": "FLOP/s",
+    "launches": "",
+    "regret": "lost",
+    "predicted_seconds": "s predicted",
+    "overhead": "s per level",
+    "element": "s per element",
+    "product": "s per FLOP",
+}
+WIDTH = 100  # columns of a terminal
+
+
+def duration(seconds: float) -> str:
+    """Seconds with a unit that suits them."""
+    for limit, unit in ((1.0, "s"), (1e-3, "ms"), (1e-6, "us")):
+        if seconds >= limit:
+            return f"{seconds / limit:.3g} {unit}"
+    return f"{seconds / 1e-9:.3g} ns"
+
+
+def place(mode: str, x_name: str | None, x: Any) -> str:
+    """Where in a study something stands."""
+    return mode if x is None else f"{mode}, {x}" if isinstance(x, str) else f"{mode}, {x:,} {x_name}"
+
+
+def cells(document: Document) -> list[list[str]]:
+    """A study as text: the column heads, then for every mode and size its name and a line a competitor."""
+    lines: list[list[str]] = []
+    places = dict.fromkeys((row["mode"], row["x_name"], row["x"]) for row in document["rows"])
+    for where in places:
+        here = [row for row in document["rows"] if (row["mode"], row["x_name"], row["x"]) == where]
+        lines.append([place(*where), *[""] * (len(METRICS) + 3)])
+        for provider in dict.fromkeys(row["provider"] for row in here):
+            lines.append([f"  {provider}", *_cells([row for row in here if row["provider"] == provider])])
+    heads = ["", "median (5 % to 95 %)", *METRICS.values(), "", "note"]
+    used = [i for i in range(len(heads)) if i < 2 or any(line[i] for line in lines)]
+    return [[line[i] for i in used] for line in [heads, *lines]]
+
+
+def _cells(rows: Rows) -> list[str]:
+    """One competitor; where its time or its speed-up is noisy, every figure of it is marked."""
+    by = {row["metric"]: row for row in rows if row["median"] is not None}
+    mark = " ~" * any(is_noisy(by.get(metric)) for metric in ("seconds", "speedup"))
+    time = by.get("seconds")
+
+    def number(metric: str) -> str:
+        if metric not in by:
+            return ""
+        value = by[metric]["median"]
+        unit = {"speedup": " x", "peak_bytes": "B", "bytes_per_position": "B"}.get(metric, "")
+        return (duration(value) if metric.endswith("_seconds") else short_number(value) + unit) + mark
+
+    shown = ""
+    if time is not None:
+        value, unit = duration(time["median"]).split()
+        scale = float(value) / time["median"]
+        shown = f"{value} ({scale * time['p05']:.3g} to {scale * time['p95']:.3g}) {unit}{mark}"
+    more = [f"{short_number(by[m]['median'])} {unit or by[m]['unit']}".strip() for m, unit in MORE.items() if m in by]
+    more += [by["right"]["note"]] if "right" in by else []
+    failed = [row for row in rows if row["status"] != "ok"]
+    errors = [f" by {row['error']:.1e}" if row["error"] is not None else "" for row in failed]
+    notes = [f"{row['note']}{error}" for row, error in zip(failed, errors, strict=True)]
+    shown = shown or next((row["status"] for row in failed), "")
+    return [shown, *(number(metric) for metric in METRICS), ", ".join(more), "; ".join(notes)]
+
+
+def show(document: Document, console: Console) -> None:
+    """The table of a study, and whether the machine was quiet enough."""
+    head, *lines = cells(document)
+    shown = [i for i, name in enumerate(head) if name not in ("B/position", "note")]  # too wide for a terminal
+    kept = [[line[i] for i in shown] for line in [head, *lines]]
+    title = f"{document['study']} on {document['provenance']['device']}"
+    console.print(table(title, kept[0], kept[1:]), width=min(console.width, WIDTH))
+    for reason in dict.fromkeys(line[-1] for line in lines if head[-1] == "note" and line[-1]):
+        console.print(f"{', '.join(dict.fromkeys(line[0].strip() for line in lines if line[-1] == reason))}: {reason}")
+    timed = sum(row["metric"] == "seconds" and row["n"] > 1 for row in document["rows"])
+    if document["noisy"]:
+        noisy = f"{len(document['noisy'])} of {timed} times"
+        console.print(f"machine too noisy: {noisy}, marked ~, may differ by more than {TOO_NOISY:.0%} in another run")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Pictures
+
+COLOURS = ("#2563eb", "#d97706", "#059669", "#9333ea", "#dc2626", "#0891b2", "#4d7c0f", "#be185d", "#6b7280")
+MOST_BARS = 14  # of one group; the smaller ones share a line
+
+
+def draw(documents: Iterable[Document], kind: str) -> bytes:
+    """All pictures of some studies, two in a row, as "png" or "svg"; empty without numbers or without matplotlib."""
+    chosen = [
+        (document, picture, rows)
+        for document in documents
+        for picture in STUDIES[document["study"]].pictures
+        if (rows := [r for r in document["rows"] if _is_of(picture, r)])
+    ]
+    if not chosen or importlib.util.find_spec("matplotlib") is None:
+        return b""
+    import matplotlib as mpl
+    from matplotlib.figure import Figure
+
+    columns = min(2, len(chosen))
+    with mpl.rc_context({"svg.fonttype": "none", "svg.hashsalt": chosen[0][0]["study"], "font.size": 9}):
+        bars = [len(_grouped(rows, defaultdict(str))) for _, p, rows in chosen if p.kind == "bars"]
+        height = max(0.27 * max(bars, default=0) + 1, 4.0 if len(bars) < len(chosen) else 1.0)
+        canvas = Figure(figsize=(6.4 * columns, height * math.ceil(len(chosen) / columns)), layout="constrained")
+        grid = canvas.subplots(math.ceil(len(chosen) / columns), columns, squeeze=False)
+        for axes in grid.flat[len(chosen) :]:
+            axes.set_visible(False)
+        for axes, (document, picture, rows) in zip(grid.flat, chosen, strict=False):
+            providers = list(dict.fromkeys(row["provider"] for row in document["rows"]))
+            colours = {name: COLOURS[i % len(COLOURS)] for i, name in enumerate(providers)}  # the same in every picture
+            (_lines if picture.kind == "lines" else _bars)(axes, picture, rows, colours)
+            axes.set_title(f"{document['study']}: {picture.title}", fontsize=10)
+            axes.spines[["top", "right"]].set_visible(False)
+            axes.grid(alpha=0.25, axis="both" if picture.kind == "lines" else "x")
+        buffer = io.BytesIO()
+        canvas.savefig(buffer, format=kind, dpi=110, metadata={"Date": None} if kind == "svg" else None)
+    return buffer.getvalue()
+
+
+def _is_of(picture: Picture, row: Mapping[str, Any]) -> bool:
+    return row["median"] is not None and (row["metric"], row["mode"]) == (picture.metric, picture.mode)
+
+
+def _lines(axes: Any, picture: Picture, rows: Rows, colours: Mapping[str, str]) -> None:
+    """Lines with bands of the 5 and 95 % quantiles; markers with whiskers for fewer than three points."""
+    for provider in dict.fromkeys(row["provider"] for row in rows):
+        points = sorted((row for row in rows if row["provider"] == provider), key=lambda row: row["x"])
+        x, y = ([row[key] for row in points] for key in ("x", "median"))
+        low, high = ([row["median"] if row[q] is None else row[q] for row in points] for q in ("p05", "p95"))
+        colour = colours[provider]
+        if len(points) < 3:
+            whiskers = [[b - a for a, b in zip(low, y, strict=True)], [b - a for a, b in zip(y, high, strict=True)]]
+            axes.errorbar(x, y, whiskers, fmt="D", color=colour, label=provider, markersize=5, capsize=3)
+        else:
+            axes.plot(x, y, "o-", color=colour, label=provider, markersize=3.5, linewidth=1.4)
+            axes.fill_between(x, low, high, color=colour, alpha=0.15, linewidth=0)
+    axes.set_xscale("log", base=2)
+    axes.set_yscale("log")
+    ticks = sorted({row["x"] for row in rows})
+    axes.set_xticks(ticks, [f"{x:,}" for x in ticks], minor=False)
+    axes.yaxis.set_major_formatter(lambda value, _: short_number(value))
+    axes.yaxis.set_minor_formatter("")
+    axes.set(xlabel=rows[0]["x_name"], ylabel=picture.label)
+    axes.legend(fontsize=8, framealpha=0.7, edgecolor="none")
+
+
+def _grouped(rows: Rows, colours: Mapping[str, str]) -> list[tuple[str, float | None, str]]:
+    """Label, length, colour of every bar; without a length the head of a group, which has one x, largest bar first."""
+    groups: dict[str, list[tuple[str, float | None, str]]] = {}
+    for row in rows:
+        named = isinstance(row["x"], str)  # bars of one provider, told apart by x
+        group = "" if named or row["x"] is None else f"{row['x']:,} {row['x_name']}"
+        label = row["x"] if named else row["provider"]
+        groups.setdefault(group, []).append((label, row["median"], colours[row["provider"]]))
+    lines: list[tuple[str, float | None, str]] = []
+    for group, bars in groups.items():
+        bars.sort(key=lambda bar: -(bar[1] or 0.0))
+        kept = [bar for bar in bars[:MOST_BARS] if bar[1]]
+        rest = bars[len(kept) :]
+        lines += [(group, None, "")] * (len(groups) > 1) + kept
+        lines += [(f"the other {len(rest)}, each at most", rest[0][1], COLOURS[-1])] if rest else []
+    return lines
+
+
+def _bars(axes: Any, picture: Picture, rows: Rows, colours: Mapping[str, str]) -> None:
+    """A group for every x, its bars from the largest to the smallest."""
+    lines = _grouped(rows, colours)
+    for y, (_, value, colour) in enumerate(lines):
+        if value is not None:
+            axes.barh(y, value, color=colour, height=0.7)
+            axes.annotate(f" {short_number(value)}", (value, y), va="center", fontsize=8)
+    axes.set_yticks(range(len(lines)), [label for label, _, _ in lines], fontsize=8)
+    for tick, (_, value, _) in zip(axes.get_yticklabels(), lines, strict=True):
+        tick.set_fontweight("bold" if value is None else "normal")
+    axes.margins(x=0.15)
+    axes.set_ylim(len(lines) - 0.4, -0.6)
+    axes.tick_params(axis="y", length=0)
+    axes.xaxis.set_major_formatter(lambda value, _: short_number(value))
+    axes.set(xlabel=picture.label)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The README's figures
+
+
+def _read(name: str) -> dict[str, Any]:
+    return json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
+
+
+def _seconds(value: float) -> str:
+    return f"{value * 1000:.1f} ms" if value < 1 else f"{value:.1f} s" if value < 100 else f"{value:.0f} s"
+
+
+def _timing(quantiles: dict[str, float]) -> str:
+    low, high = _seconds(quantiles["min"]), _seconds(quantiles["max"])
+    return f"{_seconds(quantiles['median'])} ({low} to {high}, {quantiles['runs']} runs)"
+
+
+def _spread(losses: dict[str, Any], split: str) -> str:
+    return f"{losses[split]['mean']:.4f} ± {losses[split]['std']:.4f}"
+
+
+def _table(columns: list[str], rows: list[list[str]]) -> str:
+    return "\n".join("| " + " | ".join(line) + " |" for line in [columns, ["---"] * len(columns), *rows])
+
+
+def _device(provenance: dict[str, Any]) -> str:
+    return f"{provenance['device']}, torch {provenance['versions']['torch']}"
+
+
+def _command(measurement: str) -> str:
+    return f"`python -m benchmarks.figures {measurement}`"
+
+
+def headline() -> str:
+    post = {row["model"]: row for row in _read("reproduce/reproduce")["rows"]}["hierarchical"]
+    sprint, fast, record = _read("speedrun"), _read("fast"), _read("record")
+    losses = sprint["losses"].items()
+    sprint["losses"] = {split: {"mean": statistics.mean(v), "std": statistics.stdev(v)} for split, v in losses}
+    sprint["config"]["parameters"], sprint["seconds"]["runs"] = sprint["parameters"], len(sprint["seeds"])
+    seconds, val, novel = _seconds(post["train_seconds"]), f"{post['val_loss']:.4f}", f"{post['novel_val_loss']:.4f}"
+    rows = [
+        ["hierarchical MLP, as the post prints it", "22,397", "200,000", "", f"{post['published_val']:.4f}", ""],
+        [
+            "the same, trained here by the post's recipe",
+            f"{post['parameters']:,}",
+            f"{post['steps']:,}",
+            seconds,
+            val,
+            novel,
+        ],
+    ]
+    for name, report in (("fast", fast), ("sprint", sprint), ("record", record)):
+        config = report["config"]
+        rows.append(
+            [
+                f"**convolution, recipe `{name}`**, {report['seconds']['runs']} seeds",
+                f"{config['parameters']:,}",
+                f"{config['steps']:,}",
+                f"**{_seconds(report['seconds']['median'])}**" + ", packing included" * (name == "sprint"),
+                f"**{_spread(report['losses'], 'val')}**",
+                _spread(report["losses"], "novel_val"),
+            ]
+        )
+    table = _table(["names.txt, loss in nats", "parameters", "steps", "training", "validation", "novel names"], rows)
+    return (
+        f"{table}\n\nRecipe `fast` reaches the post's loss {fast['times_faster']:.0f} times faster than the post's own "
+        f"loop, `sprint` {sprint['times_faster']:.0f} times, each timed beside that loop on the same machine "
+        f"({_device(fast['provenance'])}); mean and standard deviation over seeds. Commands: [Figures](#figures), "
+        "[The speedrun](#the-speedrun)."
+    )
+
+
+def equality() -> str:
+    report = _read("equality")
+    zero, ahead = report["zero_padding"], report["look_ahead"]
+    changes = ", ".join(f"{row['training']['largest_logit_change']:.1g} in a batch of {row['names']}" for row in ahead)
+    return (
+        "- *Zero padding.* `nn.Conv1d` + `nn.BatchNorm1d` + tanh with zeros on the left, given the same trained "
+        f"weights: before the context is full ({100 * zero['positions_before_the_context_is_full']:.0f} % of the "
+        f"validation positions) logits differ by {zero['mean_logit_difference_early']:.1f} on average and "
+        f"{zero['largest_logit_difference_early']:.1f} at most, later by rounding "
+        f"({zero['largest_logit_difference_later']:.0e}); the validation loss is "
+        f"{zero['val_loss_with_zero_padding']:.3f} instead of {zero['val_loss']:.3f}.\n"
+        "- *BatchNorm looks ahead in training mode*, in the MLP as in the convolution: a batch's statistics contain "
+        "every letter of it. Changing the last letter of one name moves logits that have not read it by up to "
+        f"{changes} names "
+        f"(logits are about {ahead[-1]['training']['largest_logit']:.0f} at most). In evaluation mode by exactly "
+        f"{max(row['evaluation']['largest_logit_change'] for row in ahead):g}.\n\n"
+        f"({_command('equality')})"
+    )
+
+
+def trajectory() -> str:
+    checks = [check for check in _read("certificate")["checks"] if check["name"].startswith("trajectory")]
+    return f"{max(check['max_abs_error'] for check in checks):.0e}"
+
+
+def figures() -> str:
+    fast, record, evaluate, sample = (_read(name) for name in ("fast", "record", "evaluate", "sample"))
+    reproduce, certificate = _read("reproduce/reproduce"), _read("certificate")
+    checks, loop = certificate["checks"], fast["post_loop"]
+    rows = [
+        [
+            f"{row['title']}, train / val: the post {row['published_train']:.4f} / {row['published_val']:.4f}",
+            f"{row['train_loss']:.4f} / {row['val_loss']:.4f}, {_seconds(row['train_seconds'])}",
+            "`convwave reproduce`",
+        ]
+        for row in reproduce["rows"]
+        if row["published_val"] is not None
+    ]
+    scaled, splits = _seconds(loop["seconds_scaled_to_200000_steps"]), ("val", "novel_val", "test")
+    measured = {
+        "recipe `fast`, training time": ("fast", _timing(fast["seconds"])),
+        "recipe `fast`, validation": ("fast", _spread(fast["losses"], "val")),
+        f"the post's loop, {loop['steps_measured']:,} steps measured, scaled to 200,000": (
+            "fast",
+            f"{scaled}: {fast['times_faster']:.0f} times longer than `fast`",
+        ),
+        "recipe `record`, training time": ("record", _timing(record["seconds"])),
+        "recipe `record`, validation / novel names / test (used for no choice)": (
+            "record",
+            " / ".join(_spread(record["losses"], split) for split in splits),
+        ),
+        f"exact evaluation of all {evaluate['positions']:,} positions": (
+            "evaluate",
+            _timing(evaluate["evaluate_seconds"]),
+        ),
+        "the same through the windowed MLP": ("evaluate", _timing(evaluate["windowed_evaluate_seconds"])),
+        "preparing it from text": ("evaluate", _timing(evaluate["prepare_from_text_seconds"])),
+        f"sampling {sample['count']:,} names": (
+            "sample",
+            f"{sample['names_per_second']:,.0f} names/s, {_timing(sample['seconds'])}",
+        ),
+    }
+    rows += [[name, value, _command(source)] for name, (source, value) in measured.items()]
+    passed = f"`verify`: {sum(c['passed'] for c in checks)} of {len(checks)} checks passed"
+    rows += [[passed, _seconds(certificate["seconds"]), "`convwave verify`"], ["anything on a GPU", NOT_MEASURED, ""]]
+    sources = ("fast", "evaluate", "sample", "record", "certificate")
+    links = ", ".join(f"[{name}](benchmarks/results/{name}.json)" for name in sources)
+    return (
+        f"Measured on {_device(fast['provenance'])}, with names.txt; median and range. With device, versions, commit "
+        f"and command: {links}, [reproduce](benchmarks/results/reproduce/reproduce.json).\n\n"
+        + _table(["figure", "measured", "command"], rows)
+    )
+
+
+def _headlines(found: Mapping[str, Documents]) -> tuple[list[str], list[list[str]]]:
+    """Devices, and for every headline the question, the answer of every device, the command."""
+    columns = {device_of(documents): headlines(documents) for documents in found.values()}
+    questions = next(iter(columns.values()))
+    if not any(row["device"] != "cpu" for d in found.values() for _, doc in d.values() for row in doc["rows"]):
+        columns["GPU"] = [(question, NOT_MEASURED, study) for question, _, study in questions]
+    rows = [
+        [question, *(answers[i][1] for answers in columns.values()), f"`convwave bench {study}`"]
+        for i, (question, _, study) in enumerate(questions)
+    ]
+    return list(columns), rows
+
+
+def bench() -> str:
+    found = devices(RESULTS)
+    if not found:
+        return NOT_MEASURED
+    columns, rows = _headlines(found)
+    every = [(name, *entry) for documents in found.values() for name, entry in documents.items()]
+    short = ", ".join(name for name, _, document in every if not document["complete"])
+    cut = f" Cut short: {short}." if short else ""
+    links = ", ".join(f"[{name}]({path.relative_to(README.parent).as_posix()})" for name, path, _ in every)
+    return (
+        _table(["speed-up, 5 to 95 % of the ratios within rounds; rate", *columns, "command"], rows)
+        + f"\n\n~: may differ by more than 10 % in another run.{cut}\n"
+        + f"With device, clocks, versions, commit, command, flags and quantiles: {links}."
+    )
+
+
+def speedrun() -> str:
+    tracks = [_read("speedrun"), _read("speedrun-open")]
+    rows = [
+        [
+            report["title"],
+            f"{report['parameters']:,}",
+            f"{report['config']['steps']:,}",
+            f"<= {report['target']}",
+            f"{report['val_mean']:.4f} ± {report['val_std']:.4f}, p = {report['p_value']:.1g}",
+            f"**{_timing(report['seconds'])}**",
+            f"{report['cpu_seconds']['min']:.2f} s",
+            f"{report['times_faster']:.0f}",
+        ]
+        for report in tracks
+    ]
+    parts = _read("speedrun-profile")["milliseconds"]
+    where = ", ".join(f"{name} {100 * ms / sum(parts.values()):.0f} %" for name, ms in parts.items())
+    columns = ["track", "parameters", "steps", "target", "validation", "from text to network", "least CPU time"]
+    return (
+        _table([*columns, "times faster than the post's loop (estimated)"], rows)
+        + f"\n\n{_device(tracks[0]['provenance'])}, tier `{tracks[0]['config']['tier']}`, "
+        f"{len(tracks[0]['seeds'])} seeds. Of the first track's time: "
+        f"{where}.\nWith seeds, losses and times: [post](benchmarks/results/speedrun.json), "
+        "[open](benchmarks/results/speedrun-open.json), [profile](benchmarks/results/speedrun-profile.json).\n"
+        "`python -m benchmarks.speedrun`, `... --track open`, `... --profile`."
+    )
+
+
+def mutants() -> str:
+    found = re.search(r"Caught by the tests: (\d+ of \d+)", (README.parent / "tests/MUTANTS.md").read_text("utf-8"))
+    assert found is not None
+    return found[1]
+
+
+BLOCKS: dict[str, Callable[[], str]] = {
+    f.__name__: f for f in (headline, equality, trajectory, figures, speedrun, bench, mutants)
+}
+
+
+def render(text: str) -> str:
+    """The README with every block made anew."""
+    for name, make in BLOCKS.items():
+        before, rest = text.split(f"<!-- begin {name} -->")
+        old, after = rest.split(f"<!-- end {name} -->")
+        line = "\n" * old.startswith("\n")
+        text = f"{before}<!-- begin {name} -->{line}{make()}{line}<!-- end {name} -->{after}"
+    return text
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The page
 
 PAGE = "report.html"
-
-LIGHT = ("#2563eb", "#c2620a", "#047857", "#9333ea", "#dc2626", "#0e7490", "#4d7c0f", "#be185d", "#64748b")
-DARK = ("#7aa7ff", "#f5a54a", "#3ddba4", "#c99bff", "#ff8080", "#4fd3ea", "#a9d65c", "#ff86b8", "#a3b1c6")
-
-STYLE = """
-:root { color-scheme: light dark; --page: #fbfbf9; --text: #1b1f24; --quiet: #59636e; --rule: #dfe2e6; --panel: #fff; }
-@media (prefers-color-scheme: dark) {
-  :root { --page: #14171b; --text: #e4e7eb; --quiet: #9aa5b1; --rule: #30363d; --panel: #1b1f24; }
-}
-* { box-sizing: border-box; }
-body { margin: 0; background: var(--page); color: var(--text); font: 16px/1.55 system-ui, sans-serif; }
-main { max-width: 68rem; margin: 0 auto; padding: 1.5rem 1rem 4rem; }
-h1 { font-size: 1.7rem; line-height: 1.2; margin: 0 0 .5rem; }
-h2 { font-size: 1.25rem; margin: 3rem 0 .25rem; padding-top: .75rem; border-top: 1px solid var(--rule); }
-h3 { font-size: 1.05rem; margin: 2.25rem 0 .25rem; }
-p { margin: .25rem 0 .75rem; max-width: 46rem; }
-a { color: var(--s0); }
-code { font-size: .9em; overflow-wrap: anywhere; }
-.quiet { color: var(--quiet); font-size: .875rem; }
-.pictures { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 24rem), 1fr)); gap: 1rem; }
-figure { margin: 0; padding: .75rem; background: var(--panel); border: 1px solid var(--rule); border-radius: 8px; }
-figcaption { font-weight: 600; font-size: .95rem; margin-bottom: .25rem; }
-figcaption span { font-weight: 400; color: var(--quiet); }
-svg { display: block; width: 100%; height: auto; }
-svg text { fill: var(--quiet); font: 12px system-ui, sans-serif; }
-svg text.strong { fill: var(--text); }
-.grid { stroke: var(--rule); }
-.line { fill: none; stroke: var(--c); stroke-width: 2; }
-.dot, .bar { fill: var(--c); }
-.band { fill: var(--c); opacity: .16; }
-.legend { list-style: none; display: flex; flex-wrap: wrap; gap: .15rem 1rem; margin: .25rem 0 0; padding: 0; }
-.legend li { font-size: .85rem; }
-.key { display: inline-block; width: .7rem; height: .7rem; border-radius: 50%; margin-right: .4rem; }
-.key { background: var(--c); }
-.scroll { overflow-x: auto; }
-table { border-collapse: collapse; font-size: .875rem; font-variant-numeric: tabular-nums; }
-th, td { padding: .3rem .75rem .3rem 0; text-align: left; vertical-align: top; border-bottom: 1px solid var(--rule); }
-thead th { color: var(--quiet); font-weight: 500; }
-td.number { white-space: nowrap; }
-td.absent { color: var(--quiet); white-space: nowrap; }
-.stack code { white-space: nowrap; }
-details { margin: .75rem 0; }
-summary { cursor: pointer; }
-@media (max-width: 40rem) {
-  .stack thead { display: none; }
-  .stack tr { display: block; padding: .5rem 0; border-bottom: 1px solid var(--rule); }
-  .stack td, .stack th { display: block; padding: 0; border: 0; }
-  .stack th { font-weight: 600; }
-  .stack td[data-device]::before { content: attr(data-device) ": "; color: var(--quiet); }
-}
-"""
+TEMPLATE = Path(__file__).with_name("report.html")
 
 
 def write_report(results: Path = RESULTS) -> list[Path]:
@@ -80,16 +476,11 @@ def write_report(results: Path = RESULTS) -> list[Path]:
     Raises:
         UsageError: no study was ever written there.
     """
-    text = page(results)
-    path = results / PAGE
-    write_atomic(path, text.encode())
-    written = [path]
-    if results.resolve() == RESULTS:
-        from benchmarks.readme import README, render
-
-        write_atomic(README, render(README.read_text(encoding="utf-8")).encode())
-        written.append(README)
-    return written
+    write_atomic(results / PAGE, page(results).encode())
+    if results.resolve() != RESULTS:
+        return [results / PAGE]
+    write_atomic(README, render(README.read_text(encoding="utf-8")).encode())
+    return [results / PAGE, README]
 
 
 def page(results: Path) -> str:
@@ -101,111 +492,45 @@ def page(results: Path) -> str:
     found = devices(results)
     if not found:
         raise UsageError(f"--report: expected results of 'convwave bench' in {results}, found none")
-    sections = "".join(_device(name, documents) for name, documents in found.items())
-    body = f"<h1>convwave: benchmarks</h1>{_introduction()}{_headlines(found)}{sections}"
-    return (
-        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>convwave: benchmarks</title><style>{STYLE}{_colours()}</style></head>"
-        f"<body><main>{body}</main></body></html>\n"
-    )
-
-
-def _colours() -> str:
-    def variables(colours: Sequence[str]) -> str:
-        return ":root { " + " ".join(f"--s{i}: {colour};" for i, colour in enumerate(colours)) + " }\n"
-
-    classes = "".join(f".s{i} {{ --c: var(--s{i}); }}\n" for i in range(len(LIGHT)))
-    return f"{variables(LIGHT)}@media (prefers-color-scheme: dark) {{ {variables(DARK)} }}\n{classes}"
-
-
-def _introduction() -> str:
-    return (
-        "<p>When is a dilated convolution faster than windows, and how close is each kernel to the hardware's limit? "
-        "Every competitor's result is checked against float64 before it is timed; one that is wrong has no time. "
-        "All are timed in turn, round by round; a figure is a median, with its 5 and 95 % quantiles (the bands in the "
-        "pictures), and a speed-up is the median of the ratios within rounds. Times marked ~ may differ by more than "
-        "10 % in another run, judging by their spread and by how the later rounds differ from the earlier ones.</p>"
-    )
-
-
-def _headlines(found: dict[str, Any]) -> str:
-    columns = {name: headlines(documents) for name, documents in found.items()}
-    gpu = any(row["device"].startswith("cuda") for d in found.values() for _, doc in d.values() for row in doc["rows"])
-    heads = [*(device_of(documents) for documents in found.values()), *([] if gpu else ["GPU"])]
-    head = "".join(f"<th>{escape(name)}</th>" for name in heads)
-    lines = []
-    for i, (question, _, study) in enumerate(next(iter(columns.values()))):
-        values = [_linked(answers[i][1], folder, found[folder], study) for folder, answers in columns.items()]
-        values += [] if gpu else [NOT_MEASURED]
-        shown = "".join(
-            f'<td data-device="{escape(name)}"{" class=absent" * (value == NOT_MEASURED)}>{value}</td>'
-            for name, value in zip(heads, values, strict=True)
-        )
-        lines.append(
-            f'<tr><th scope="row">{escape(question)}</th>{shown}<td><code>convwave bench {study}</code></td></tr>'
-        )
-    return (
-        f'<div class="scroll"><table class="stack"><thead><tr><th></th>{head}<th></th></tr></thead>'
-        f"<tbody>{''.join(lines)}</tbody></table></div>"
-    )
-
-
-def _linked(value: str, folder: str, documents: Any, study: str) -> str:
-    """A headline as a link to its JSON."""
-    if value == NOT_MEASURED:
-        return value
-    return f'<a href="{escape(_link(folder, documents[study][0]))}">{escape(value)}</a>'
-
-
-def _link(folder: str, path: Path) -> str:
-    return path.name if folder == "." else f"{folder}/{path.name}"
-
-
-def _device(folder: str, documents: Any) -> str:
-    parts = [f"<h2>{escape(device_of(documents))}</h2>"]
-    for name, study in STUDIES.items():
-        parts.append(f'<h3 id="{escape(folder)}-{name}">{escape(study.question)}</h3>')
-        if name not in documents:
-            parts.append(f'<p class="quiet">{name}: {NOT_MEASURED}</p>')
-            continue
-        path, document = documents[name]
-        parts.append(_study(document, _link(folder, path)))
-    return f"<section>{''.join(parts)}</section>"
-
-
-def _study(document: Document, link: str) -> str:
-    provenance = document["provenance"]
-    versions = provenance["versions"]
-    facts = [
-        f"<code>{escape(provenance['command'])}</code>",
-        f"commit {escape(str(provenance['commit']))}",
-        escape(provenance["date"][:10]),
-        f"torch {escape(str(versions['torch']))}",
-        f"{provenance['flags']['threads']} CPU threads",
-        f"float32 products: {escape(provenance['flags']['float32_matmul_precision'])}",
-        *(f"{escape(str(key))} {escape(str(value))}" for key, value in provenance["clocks"].items() if value),
+    columns, rows = _headlines(found)
+    summary = _html([["", *columns, ""], *([cell.strip("`") for cell in row] for row in rows)])
+    sections = [
+        f"<h2>{escape(device_of(documents))}</h2>" + "".join(_study(results, name, documents) for name in STUDIES)
+        for documents in found.values()
     ]
-    source = f'<a href="{escape(link)}">{escape(link)}</a>'
-    notes = []
-    if not document["complete"]:
-        notes.append("This run was cut short.")
-    if document["noisy"]:
-        notes.append(f"Machine too noisy for {len(document['noisy'])} of its times, marked ~.")
-    pictures = "".join(
-        f"<figure><figcaption>{escape(chart.title)} <span>({escape(chart.y_label)})</span></figcaption>"
-        f'{charts.svg(chart)}{charts.legend(chart)}<div class="quiet">{source}</div></figure>'
-        for chart in charts.charts(document)
-    )
+    return Template(TEMPLATE.read_text(encoding="utf-8")).substitute(summary=summary, studies="".join(sections))
+
+
+def _study(results: Path, name: str, documents: Documents) -> str:
+    title = f"<h3>{escape(STUDIES[name].question)}</h3>"
+    if name not in documents:
+        return f"{title}<p>{name}: {NOT_MEASURED}</p>"
+    path, document = documents[name]
+    source, flags = document["provenance"], document["provenance"]["flags"]
+    facts = [
+        source["command"],
+        f"commit {source['commit']}",
+        source["date"][:10],
+        f"torch {source['versions']['torch']}",
+        f"{flags['threads']} CPU threads",
+        f"float32 products: {flags['float32_matmul_precision']}",
+        *(f"{key} {value}" for key, value in source["clocks"].items() if value),
+    ]
+    noisy = f" Machine too noisy for {len(document['noisy'])} of its times, marked ~." * bool(document["noisy"])
+    cut = " This run was cut short." * (not document["complete"])
+    svg = draw([document], "svg").decode()
+    link = escape(path.relative_to(results).as_posix())
     return (
-        f'<p class="quiet">{" · ".join(facts)}. {escape(" ".join(notes))}</p>'
-        f'<div class="pictures">{pictures}</div>'
-        f"<details><summary>All figures</summary>{_table(document)}<p>{source}</p></details>"
+        f'{title}<p class="quiet">{escape(" · ".join(facts))}.{cut}{noisy} <a href="{link}">{link}</a></p>'
+        f"<figure>{svg[svg.find('<svg') :] if svg else ''}</figure>"
+        f"<details><summary>All figures</summary>{_html(cells(document))}</details>"
     )
 
 
-def _table(document: Document) -> str:
-    lines = cells(document)
-    head = "".join(f"<th>{escape(column)}</th>" for column in lines[0])
-    body = "".join("<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in line) + "</tr>" for line in lines[1:])
-    return f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
+def _html(lines: list[list[str]]) -> str:
+    rows = ("".join(f"<td>{escape(cell)}</td>" for cell in line) for line in lines)
+    return '<div class="scroll"><table>' + "".join(f"<tr>{row}</tr>" for row in rows) + "</table></div>"
+
+
+if __name__ == "__main__":
+    write_report()

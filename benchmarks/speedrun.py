@@ -18,28 +18,25 @@ scaled up, and called so.
 from __future__ import annotations
 
 import argparse
+import cProfile
 import json
 import math
 import statistics
 import sys
 import time
-from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from rich.table import Table
 
 import convwave as cw
-from benchmarks.figures import RESULTS, prepare, quantiles
-from convwave.cli.console import stderr
+from benchmarks.figures import PostLoop, prepare, quantiles
+from benchmarks.results import RESULTS
+from convwave.cli.console import stderr, table
 from convwave.files import write_atomic
 from convwave.runs.registry import device_name, provenance
-from convwave.train import loop as training
-from convwave.train.loop import ClosedFormRun, Config
-from convwave.train.recipes import PUBLISHED
-from convwave.train.tiers import available_tiers
+from convwave.train import PUBLISHED, Config, UsageError, available_tiers, fit
 
 SEEDS, LEVEL = 20, 0.01
 BLOG_STEPS = 500  # of the baseline, between two trainings
@@ -84,7 +81,7 @@ def timed_training(text: str, config: Config) -> Timed:
     started, cpu_started = time.perf_counter(), time.process_time()
     words = text.split("\n")
     vocabulary = cw.Vocabulary.from_words(words)
-    model = training.fit(config, cw.pack(cw.split_words(words).train, vocabulary), vocabulary)
+    model = fit(config, cw.pack(cw.split_words(words).train, vocabulary), vocabulary)
     if cuda:
         torch.cuda.synchronize(config.device)
     return Timed(model, time.perf_counter() - started, time.process_time() - cpu_started)
@@ -113,40 +110,16 @@ def p_value(values: list[float], target: float) -> float:
     return max(0.0, (1 - within) / 2)
 
 
-def baseline(words: cw.Words) -> tuple[Callable[[], None], Callable[[], dict[str, Any]]]:
-    """The post's own loop: a function that times a piece of it, and one that says what the pieces came to."""
-    config = Config.make("hierarchical")
-    pieces: list[float] = []
-    vocabulary = cw.Vocabulary.from_words(words.words)
-    run = training.WindowedRun(config, cw.pack(cw.split_words(words.words).train, vocabulary), len(vocabulary))
-
-    def piece() -> None:
-        with training.threads(1):  # faster than two for batches of 32 windows
-            started = time.perf_counter()
-            for i in range(BLOG_STEPS):
-                run.step(i)
-            pieces.append((time.perf_counter() - started) / BLOG_STEPS)
-
-    def report() -> dict[str, Any]:
-        return {
-            "what": f"estimate: {BLOG_STEPS * len(pieces)} of {config.steps} steps timed between trainings, scaled",
-            "seconds_per_step": quantiles(pieces),
-            "estimated_seconds": statistics.median(pieces) * config.steps,
-        }
-
-    return piece, report
-
-
 def speedrun(words: cw.Words, name: str, config: Config, seeds: int) -> dict[str, Any]:
     """Train once per seed and judge; without times where the target is missed."""
     track = TRACKS[name]
     text = "\n".join(words.words)
     evaluation = prepare(words, config.factors)
-    piece, of_baseline = baseline(words)
+    loop = PostLoop(words, BLOG_STEPS)
     timed_training(text, replace(config, steps=3))  # warm-up
     runs, losses = [], []
     for seed in range(seeds):
-        piece()
+        loop.piece()
         run = timed_training(text, replace(config, seed=seed))
         runs.append(run)
         losses.append({split: float(loss.loss or 0) for split, loss in evaluation.losses(run.model.cpu()).items()})
@@ -170,23 +143,36 @@ def speedrun(words: cw.Words, name: str, config: Config, seeds: int) -> dict[str
     }
     if report["reached"]:
         seconds = [run.seconds for run in runs]
-        base = of_baseline()
+        measured = f"{BLOG_STEPS * len(loop.pieces)} of {loop.config.steps} steps"
         report |= {
             "seconds": quantiles(seconds),
             "cpu_seconds": quantiles([run.cpu_seconds for run in runs]),
             "all_seconds": seconds,
-            "baseline": base,
-            "times_faster": base["estimated_seconds"] / statistics.median(seconds),
+            "baseline": {
+                "what": f"estimate: {measured} timed between trainings, scaled",
+                "seconds_per_step": quantiles(loop.pieces),
+                "estimated_seconds": loop.seconds,
+            },
+            "times_faster": loop.seconds / statistics.median(seconds),
         }
     return report
 
 
+PARTS = {  # of a training in tier "cpu": the functions in which its time goes by
+    "text and packing": ("Vocabulary.from_words", "split_words", "pack"),
+    "graph of all contexts": ("distinct_graph",),
+    "batches": ("StepReader.batch",),
+    "gradients": ("ClosedForm.gradients",),
+    "optimiser": ("MuonAdam.step",),
+    "running statistics": ("recompute_statistics",),
+}
+
+
 def profile(words: cw.Words, config: Config) -> dict[str, Any]:
-    """Where a training's time goes: by part, without a profiler running, and by operator, under torch's."""
+    """Where a training's time goes: by part, under cProfile, and by operator, under torch's profiler."""
     text = "\n".join(words.words)
     timed_training(text, replace(config, steps=3))
-    parts = [_by_part(text, config) for _ in range(7)]
-    best = min(parts, key=lambda part: sum(part.values()))
+    best = min((by_part(text, config) for _ in range(7)), key=lambda part: sum(part.values()))
     with torch.profiler.profile() as profiler:
         timed_training(text, config)
     operators = sorted(profiler.key_averages(), key=lambda row: -row.self_cpu_time_total)
@@ -194,7 +180,7 @@ def profile(words: cw.Words, config: Config) -> dict[str, Any]:
     return {
         "config": asdict(config),
         "milliseconds": {name: 1000 * seconds for name, seconds in best.items()},
-        "runs": len(parts),
+        "runs": 7,
         "operators": [
             {
                 "name": row.key,
@@ -207,48 +193,18 @@ def profile(words: cw.Words, config: Config) -> dict[str, Any]:
     }
 
 
-def _by_part(text: str, config: Config) -> dict[str, float]:
-    """Seconds of each part of a training in tier "cpu"."""
-    spent = dict.fromkeys(("text and packing", "graph of all contexts", "batches", "gradients", "optimiser"), 0.0)
-    spent["running statistics"] = 0.0
-    last = time.perf_counter()
-
-    def lap(part: str) -> None:
-        nonlocal last
-        now = time.perf_counter()
-        spent[part] += now - last
-        last = now
-
-    words = text.split("\n")
-    vocabulary = cw.Vocabulary.from_words(words)
-    packed = cw.pack(cw.split_words(words).train, vocabulary)
-    lap("text and packing")
-    run = training.begin(config, packed, vocabulary)
-    assert isinstance(run, ClosedFormRun), f"tier: expected cpu, got {config.tier}"
-    with training.few_threads(config, run.net.num_parameters, packed):
-        read = run.reader()
-        lap("graph of all contexts")
-        for i in range(config.steps):
-            batch = read(i)
-            lap("batches")
-            run.form.gradients(batch).item()
-            lap("gradients")
-            run.optimizer.step(run.recipe.rate(i, config.steps))
-            lap("optimiser")
-        run.finish()
-        lap("running statistics")
+def by_part(text: str, config: Config) -> dict[str, float]:
+    """Seconds in each of `PARTS`; what one of them spends in another counts for that one."""
+    profiler = cProfile.Profile()
+    profiler.runcall(timed_training, text, config)
+    parts = {function: part for part, functions in PARTS.items() for function in functions}
+    spent = dict.fromkeys(PARTS, 0.0)
+    for entry in profiler.getstats():
+        part = parts.get(getattr(entry.code, "co_qualname", ""))
+        if part is not None:
+            spent[part] += entry.totaltime
+    spent["batches"] -= spent["graph of all contexts"] * (spent["batches"] > spent["graph of all contexts"])
     return spent
-
-
-def table(report: dict[str, Any]) -> Table:
-    """What a person reads of a report in which the target was reached."""
-    result = Table(title=f"{report['title']}: {report['provenance']['device']}, tier {report['config']['tier']}")
-    for column in ("", "median", "min", "max"):
-        result.add_column(column)
-    for name, values in (("seconds", report["seconds"]), ("seconds of all cores", report["cpu_seconds"])):
-        result.add_row(name, *(f"{values[key]:.3f}" for key in ("median", "min", "max")))
-    result.add_row("the post's loop, estimated", f"{report['baseline']['estimated_seconds']:.0f}", "", "", style="dim")
-    return result
 
 
 def main() -> int:
@@ -272,7 +228,7 @@ def main() -> int:
     recipe = args.recipe or (track.cuda_recipe if args.device.startswith("cuda") else track.recipe)
     try:
         config = Config.make(recipe=recipe, device=args.device, tier=args.tier)
-    except training.UsageError as error:
+    except UsageError as error:
         print(f"benchmarks.speedrun: {error}", file=sys.stderr)
         return 2
 
@@ -300,7 +256,11 @@ def main() -> int:
         if not report["reached"]:
             print("benchmarks.speedrun: the target is missed, so there is no time", file=sys.stderr)
             return 1
-        stderr().print(table(report))
+        rows = [("seconds", report["seconds"]), ("seconds of all cores", report["cpu_seconds"])]
+        shown = [[name, *(f"{values[key]:.3f}" for key in ("median", "min", "max"))] for name, values in rows]
+        shown.append(["the post's loop, estimated", f"{report['baseline']['estimated_seconds']:.0f}", "", ""])
+        title = f"{report['title']}: {source['device']}, tier {config.tier}"
+        stderr().print(table(title, ["", "median", "min", "max"], shown))
     write_atomic(args.out / f"{name}.json", (json.dumps(report, indent=2) + "\n").encode())
     print(json.dumps(report))
     return 0

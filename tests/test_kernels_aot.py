@@ -1,7 +1,7 @@
 """Ahead-of-time compilation: every kernel as it is shipped, for GPUs that are not here.
 
 Compiled in child processes, because this one may run triton's interpreter (conftest.py). The whole table takes half an
-hour: `python -m benchmarks.kernel_resources`; here a part of it is compiled, and the committed one is held to what the
+hour: `python -m benchmarks.resources`; here a part of it is compiled, and the committed one is held to what the
 library would launch.
 """
 
@@ -47,7 +47,7 @@ def check(row: dict[str, Any]) -> None:
 def test_kernels_compile_and_fit(target: str, precision: str, tmp_path: Path) -> None:
     out = tmp_path / "rows.json"
     options = ["--target", target, "--precision", precision, "--width", "68", "--out", str(out)]
-    child("-m", "benchmarks.kernel_resources", *options)
+    child("-m", "benchmarks.resources", *options)
     rows = json.loads(out.read_text())["rows"]
     assert {row["kernel"] for row in rows} >= {
         *PRODUCTS[:2],
@@ -65,7 +65,7 @@ def test_the_committed_table_is_of_the_shipped_kernels() -> None:
     for row in committed:
         check(row)
     code = (
-        "import json; from benchmarks.kernel_resources import *; "
+        "import json; from benchmarks.resources import *; "
         "print(json.dumps([row for row, _ in plan(list(TARGETS), WIDTHS)]))"
     )
     measured = {"registers", "spilled", "shared", "matrix"}
@@ -74,7 +74,7 @@ def test_the_committed_table_is_of_the_shipped_kernels() -> None:
 
 def test_the_interpreter_is_refused_in_clear_words() -> None:
     environment = {**os.environ, "TRITON_INTERPRET": "1"}
-    command = [sys.executable, "-m", "benchmarks.kernel_resources"]
+    command = [sys.executable, "-m", "benchmarks.resources"]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 1
     assert "TRITON_INTERPRET=1 is set" in done.stderr

@@ -1,7 +1,7 @@
 """Registers, spills and shared memory of every kernel as it is shipped, compiled ahead of time: no GPU needed.
 
-    python -m benchmarks.kernel_resources                    all configurations, into results/kernel_resources.json
-    python -m benchmarks.kernel_resources --width 68 --target sm_90
+    python -m benchmarks.resources                    all configurations, into results/kernel_resources.json
+    python -m benchmarks.resources --width 68 --target sm_90
 
 The launchers themselves are run, on tensors without storage, and what they would have launched is compiled: so the
 table cannot disagree with the library. On sm_80 and sm_90 the figures are those of ``cuobjdump`` and ``nvdisasm``, on
@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 if os.environ.get("TRITON_INTERPRET") == "1":
-    sys.exit("kernel_resources: TRITON_INTERPRET=1 is set: the interpreter compiles nothing, unset it")
+    sys.exit("resources: TRITON_INTERPRET=1 is set: the interpreter compiles nothing, unset it")
 
 import torch
 import triton
@@ -32,7 +32,9 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
-from convwave.data.graph import Consumers
+from convwave.data.graph import Consumers, Rows
+from convwave.files import write_atomic
+from convwave.ops.level import Level
 from convwave.runs.registry import provenance
 
 RESULTS = Path(__file__).parent / "results/kernel_resources.json"
@@ -41,27 +43,18 @@ ROWS = 2**20
 
 
 class Target(NamedTuple):
-    """A kind of GPU.
-
-    Attributes:
-        triton: as triton names it.
-        shared: bytes of shared memory that one program can have.
-        precisions: what it multiplies in.
-        matrix: the instructions of its matrix units.
-    """
+    """A kind of GPU: as triton names it, what it multiplies in, the instructions of its matrix units."""
 
     triton: GPUTarget
-    shared: int
     precisions: tuple[str, ...]
     matrix: tuple[str, ...]
 
 
+NVIDIA = ("ieee", "tf32x3", "tf32", "bf16", "fp16")
 TARGETS = {
-    "sm_80": Target(GPUTarget("cuda", 80, 32), 163 * 1024, ("ieee", "tf32x3", "tf32", "bf16", "fp16"), ("HMMA",)),
-    "sm_90": Target(
-        GPUTarget("cuda", 90, 32), 227 * 1024, ("ieee", "tf32x3", "tf32", "bf16", "fp16"), ("HGMMA", "HMMA")
-    ),
-    "gfx942": Target(GPUTarget("hip", "gfx942", 64), 64 * 1024, ("ieee", "bf16", "fp16"), ("v_mfma",)),
+    "sm_80": Target(GPUTarget("cuda", 80, 32), NVIDIA, ("HMMA",)),
+    "sm_90": Target(GPUTarget("cuda", 90, 32), NVIDIA, ("HGMMA", "HMMA")),
+    "gfx942": Target(GPUTarget("hip", "gfx942", 64), ("ieee", "bf16", "fp16"), ("v_mfma",)),
 }
 
 
@@ -71,26 +64,6 @@ class Recorded(NamedTuple):
     kernel: Any
     arguments: dict[str, Any]
     options: dict[str, int]
-
-    @property
-    def name(self) -> str:
-        return self.kernel.fn.__name__.removesuffix("_kernel")
-
-
-class Resources(NamedTuple):
-    """What a compiled kernel needs.
-
-    Attributes:
-        registers: of a thread.
-        spilled: bytes of a thread's stack: registers that had to go to memory.
-        shared: bytes of a program.
-        matrix: instructions for matrix units in the code.
-    """
-
-    registers: int
-    spilled: int
-    shared: int
-    matrix: int
 
 
 @contextmanager
@@ -126,29 +99,22 @@ def stack_launches(C: int, H: int, precision: str, target: str) -> list[Recorded
     def empty(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         return torch.empty(shape, dtype=dtype, device="meta")
 
-    weights = [empty(H, C, 2), empty(H, H, 2)]
-    vectors = [empty(H), empty(H)]
-    taps = [empty(2, ROWS, dtype=torch.int64)] * 2
-    counts = [empty(ROWS, dtype=torch.float64)] * 2
     x, dh = empty(ROWS, C, dtype=dtype), empty(ROWS, H, dtype=dtype)
-    eps = [1e-5] * 2
+    levels = [Level(empty(H, c, 2), *(empty(H) for _ in range(4)), training=True) for c in (C, H)]
+    fixed = [level._replace(training=False) for level in levels]
+    rows = Rows(empty(2, ROWS, dtype=torch.int64), empty(ROWS, dtype=torch.float64))
     ranges = empty(2, 2, ROWS, dtype=torch.int64)
     with recording(target) as launches:
-        _, zs, stats = stack.stack_forward(x, weights, vectors, vectors, [], taps, counts, eps, True, multiplied)
-        stack.stack_inference(x, weights, vectors, vectors, stats, taps, eps, multiplied)
+        _, zs, stats = stack.stack_forward(x, levels, [rows] * 2, multiplied)
+        stack.stack_inference(x, fixed, [rows] * 2, multiplied)
         # a dense graph: each row is read by few; a distinct one: in the order of its rows, by very many
         for order, most in ((empty(0, dtype=torch.int64), 2), (empty(2, ROWS, dtype=torch.int64), 10**6)):
-            consumers = [Consumers(ranges, order, most)] * 2
-            stack.stack_backward(
-                dh, x, weights, vectors, zs, stats, taps, counts, True, True, multiplied, consumers
-            )  # fmt: skip
+            read = rows._replace(consumers=Consumers(ranges, order, most))
+            stack.stack_backward(dh, x, levels, zs, stats, [read] * 2, multiplied)
     return launches
 
 
-_TYPES = {
-    torch.float32: "*fp32", torch.float64: "*fp64", torch.bfloat16: "*bf16", torch.float16: "*fp16",
-    torch.int64: "*i64", torch.int32: "*i32",
-}  # fmt: skip
+_TYPES = {"float32": "fp32", "float64": "fp64", "bfloat16": "bf16", "float16": "fp16", "int64": "i64", "int32": "i32"}
 
 
 def compile_launch(launch: Recorded, target: GPUTarget) -> Any:
@@ -158,10 +124,10 @@ def compile_launch(launch: Recorded, target: GPUTarget) -> Any:
     attributes: dict[tuple[int], list[list[Any]]] = {}
     for position, parameter in enumerate(launch.kernel.params):
         value = launch.arguments[parameter.name]
-        if parameter.is_constexpr:
+        if parameter.is_constexpr or value is None:
             signature[parameter.name], constants[parameter.name] = "constexpr", value
         elif isinstance(value, torch.Tensor):
-            signature[parameter.name] = _TYPES[value.dtype]
+            signature[parameter.name] = "*" + _TYPES[str(value.dtype).removeprefix("torch.")]
             attributes[(position,)] = [["tt.divisibility", 16]]
         else:
             signature[parameter.name] = "fp32" if isinstance(value, float) else "i32"
@@ -169,67 +135,64 @@ def compile_launch(launch: Recorded, target: GPUTarget) -> Any:
     return triton.compile(source, target=target, options=dict(launch.options))
 
 
-def resources(compiled: Any, target: Target) -> Resources:
-    """Read a compiled kernel's needs out of its code."""
+def resources(compiled: Any, target: Target) -> dict[str, int]:
+    """What a compiled kernel needs: registers and spilled bytes a thread, shared bytes, instructions for matrix units."""
     if "cubin" not in compiled.asm:
-        text = compiled.asm["amdgcn"]
-        registers = re.findall(r"\.vgpr_count:\s+(\d+)", text)
-        spilled = re.findall(r"\.private_segment_fixed_size:\s+(\d+)", text)
+        text = usage = compiled.asm["amdgcn"]
+        patterns = (r"\.vgpr_count:\s+(\d+)", r"\.private_segment_fixed_size:\s+(\d+)")
     else:
         tools = Path(triton.__file__).parent / "backends/nvidia/bin"
+        patterns = (r"REG:(\d+)", r"STACK:(\d+)")
         with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
             file.write(compiled.asm["cubin"])
             file.flush()
-            usage = _output([str(tools / "cuobjdump"), "--dump-resource-usage", file.name])
-            text = _output([str(tools / "nvdisasm"), "-c", file.name])
-        registers = re.findall(r"REG:(\d+)", usage)
-        spilled = re.findall(r"STACK:(\d+)", usage)
+            commands = (["cuobjdump", "--dump-resource-usage"], ["nvdisasm", "-c"])
+            usage, text = (
+                subprocess.run([tools / tool, option, file.name], capture_output=True, text=True, check=True).stdout
+                for tool, option in commands
+            )
+    registers, spilled = (int(re.findall(pattern, usage)[0]) for pattern in patterns)
     matrix = len(re.findall(rf"\b(?:{'|'.join(target.matrix)})", text))
-    return Resources(int(registers[0]), int(spilled[0]), compiled.metadata.shared, matrix)
-
-
-def _output(command: list[str]) -> str:
-    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    return {"registers": registers, "spilled": spilled, "shared": compiled.metadata.shared, "matrix": matrix}
 
 
 def plan(
-    targets: Sequence[str], widths: Sequence[tuple[int, int]], precisions: Sequence[str] | None = None
+    targets: Sequence[str], widths: Sequence[tuple[int, int]], precisions: Sequence[str] = NVIDIA
 ) -> Iterator[tuple[dict[str, Any], Recorded]]:
     """Each different kernel, width, precision and target: what the table says of it before it is compiled."""
     seen: set[tuple[Any, ...]] = set()
     for target in targets:
         for C, H in widths:
-            for precision in TARGETS[target].precisions:
-                if precisions is not None and precision not in precisions:
-                    continue
+            for precision in (p for p in TARGETS[target].precisions if p in precisions):
                 for launch in stack_launches(C, H, precision, target):
-                    key = (target, launch.name, *_key(launch))
+                    arguments = ((n, str(v.dtype) if hasattr(v, "dtype") else v) for n, v in launch.arguments.items())
+                    key = (target, launch.kernel, *arguments)
                     if key not in seen:
                         seen.add(key)
                         yield _row(target, launch, precision), launch
 
 
-def _key(launch: Recorded) -> tuple[Any, ...]:
-    return tuple(
-        (name, str(value.dtype) if isinstance(value, torch.Tensor) else value)
-        for name, value in launch.arguments.items()
-    )
-
-
-_TILES = ("BT", "BR", "BC", "BH")
-_FLAGS = ("PROLOGUE", "STATISTICS", "ACTIVATE", "ORDER", "BLOCKS", "FUSED")
+_VARIANTS = {
+    "prologue": "below_ptr",
+    "statistics": "partial_ptr",
+    "activate": "ACTIVATION",
+    "order": "order_ptr",
+    "blocks": "blocks_ptr",
+    "fused": "dw_ptr",
+}
 
 
 def _row(target: str, launch: Recorded, precision: str) -> dict[str, Any]:
-    a = launch.arguments
+    a, name = launch.arguments, launch.kernel.fn.__name__.removesuffix("_kernel")
+    variants = [] if name in ("conv_weight",) else [v for v, p in _VARIANTS.items() if a.get(p) is not None]
     return {
         "target": target,
-        "kernel": launch.name,
+        "kernel": name,
         "C": a["C"] if "C" in a else a["H"],
         "H": a["H"] if "H" in a else a["C"],
         "precision": precision,
-        "variant": " ".join(flag.lower() for flag in _FLAGS if a.get(flag)),
-        "tile": " x ".join(str(a[name]) for name in _TILES if name in a),
+        "variant": " ".join(variants),
+        "tile": " x ".join(str(a[tile]) for tile in ("BT", "BR", "BC", "BH") if tile in a),
         "warps": launch.options.get("num_warps", 4),
         "stages": launch.options.get("num_stages", 3),
     }
@@ -238,35 +201,34 @@ def _row(target: str, launch: Recorded, precision: str) -> dict[str, Any]:
 def line(row: dict[str, Any]) -> str:
     """One row of the table on the terminal."""
     return (
-        f"{row['target']:7} {row['kernel']:19} {row['C']:5} -> {row['H']:<5} {row['precision']:7} {row['tile']:14} "
+        f"{row['target']:7} {row['kernel']:23} {row['C']:5} -> {row['H']:<5} {row['precision']:7} {row['tile']:14} "
         f"{row['warps']:2} warps {row['registers']:4} registers {row['spilled']:5} B spilled "
         f"{row['shared']:7} B shared {row['matrix']:4} matrix  {row['variant']}"
     )
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.kernel_resources", description=__doc__.split("\n")[0])
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.resources", description=__doc__.split("\n")[0])
     parser.add_argument("--target", choices=sorted(TARGETS), action="append", help="default: all")
     parser.add_argument("--width", type=int, action="append", metavar="C", help="levels of C to C channels only")
-    parser.add_argument("--precision", action="append", choices=TARGETS["sm_90"].precisions, help="default: all")
+    parser.add_argument("--precision", action="append", choices=NVIDIA, help="default: all")
     parser.add_argument("--kernel", action="append", help="default: all")
     parser.add_argument("--out", type=Path, help="write the rows as JSON (default: results/, if all are made)")
-    args = parser.parse_args(arguments)
+    args = parser.parse_args()
     partial = args.target or args.width or args.precision or args.kernel
     widths = [(c, c) for c in args.width] if args.width else WIDTHS
-    source = provenance("python -m benchmarks.kernel_resources")
+    source = provenance("python -m benchmarks.resources")
     rows = []
-    for row, launch in plan(args.target or list(TARGETS), widths, args.precision):
+    for row, launch in plan(args.target or list(TARGETS), widths, args.precision or NVIDIA):
         if args.kernel and row["kernel"] not in args.kernel:
             continue
         target = TARGETS[row["target"]]
-        row |= resources(compile_launch(launch, target.triton), target)._asdict()
-        rows.append(row)
-        print(line(row), flush=True)
+        rows.append(row | resources(compile_launch(launch, target.triton), target))
+        print(line(rows[-1]), flush=True)
     out = args.out or (None if partial else RESULTS)
     if out is not None:
         lines = ",\n".join(json.dumps(row) for row in rows)
-        out.write_text(f'{{"provenance": {json.dumps(source)},\n"rows": [\n{lines}\n]}}\n', encoding="utf-8")
+        write_atomic(out, f'{{"provenance": {json.dumps(source)},\n"rows": [\n{lines}\n]}}\n'.encode())
     return 0
 
 

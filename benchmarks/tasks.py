@@ -1,0 +1,447 @@
+"""Who is measured: the windowed MLP, the convolution over its three graphs, and what one would write with torch.nn.
+
+Two tasks, and within a task every competitor computes the same function:
+
+- *the network* over packed names: embedding, levels, head, cross-entropy. The windowed MLP is made of torch.nn's own
+  modules, whose BatchNorm is one fused operator: a faster baseline than the post's own classes, which are here too.
+- *the stack* over full sequences of one length: L levels of width C, BatchNorm over positions, and at the left edge the
+  first position repeated. Any library's convolution can compute it, so this is where peers compete.
+
+"compiled" is torch.compile with static shapes, "max-autotune" its mode of that name, which on CUDA replays CUDA graphs.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import importlib
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import convwave as cw
+from benchmarks.harness import Competitor, Results, Unavailable, Work, first_line
+
+MAX_AUTOTUNE = "max-autotune"  # of torch.compile
+Compile = str | bool  # False, True, or the mode
+
+
+def compiled(function: Callable[..., Any], how: Compile = True) -> Callable[..., Any]:
+    """`torch.compile` with static shapes, or the function itself.
+
+    Raises:
+        Unavailable: this machine has no compiler for it.
+    """
+    if not how:
+        return function
+    if _compiler_is_missing():
+        raise Unavailable(f"torch.compile: {_compiler_is_missing()}")
+    return torch.compile(function, dynamic=False, mode=how if isinstance(how, str) else None)
+
+
+@functools.cache
+def _compiler_is_missing() -> str:
+    """Why nothing can be compiled here, or nothing."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.compile(lambda x: x + 1, dynamic=False)(torch.zeros(2, device=device))
+    except Exception as error:  # whatever Inductor raises without a compiler
+        return first_line(error)
+    return ""
+
+
+def need(backend: str) -> None:
+    """Raise Unavailable where a backend is not there."""
+    if backend not in cw.available_backends():
+        raise Unavailable(f"backend {backend!r} is not available here")
+
+
+def work_of(
+    forward: Callable[[], Tensor],
+    training: bool,
+    show: Callable[[Tensor], Results],
+    parameters: Sequence[Tensor] = (),
+    gradients: Callable[[], Results] = dict,
+    gradient: Tensor | None = None,
+) -> Work:
+    """Forward without gradients, or forward and backward from `gradient`; `show` and `gradients` name the result."""
+    if not training:
+        inference = torch.no_grad()(forward)
+        return Work(inference, lambda: show(inference()))
+
+    def step() -> Tensor:
+        for p in parameters:
+            p.grad = None
+        out = forward()
+        out.backward(gradient)
+        return out
+
+    return Work(step, lambda: {**show(step().detach()), **gradients()}, parameters)
+
+
+def grad(parameter: Tensor) -> Tensor:
+    assert parameter.grad is not None
+    return parameter.grad
+
+
+def deterministic(competitor: Competitor) -> Competitor:
+    """The same with cudnn's deterministic algorithms."""
+
+    def make() -> Work:
+        work = competitor.make()
+
+        def run() -> None:
+            before, torch.backends.cudnn.deterministic = torch.backends.cudnn.deterministic, True
+            try:
+                work.run()
+            finally:
+                torch.backends.cudnn.deterministic = before
+
+        return work._replace(run=run)
+
+    return replace(competitor, make=make)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The network over names
+
+
+class Network:
+    """The task: a network, packed words, and the competitors that evaluate or train it.
+
+    Args:
+        packed: the words.
+        model: on the CPU, float32, ``unbiased=False``, as nn.BatchNorm1d is.
+        training: loss and gradients in training mode, or logits in evaluation mode.
+        device: where to run.
+        windows: how many the windowed MLP evaluates, the last ones; None means all. It takes equally long for each, and
+            more of them than fit into memory need not be compared.
+    """
+
+    def __init__(
+        self, packed: cw.Packed, model: cw.ConvWave, training: bool, device: str, windows: int | None = None
+    ) -> None:
+        self.packed, self.model, self.training, self.device = packed, model, training, device
+        self.positions = len(packed)
+        self.windows = windows or self.positions
+
+    def expected(self, model: cw.ConvWave | None = None, last: int | None = None) -> Results:
+        """The result in float64, from the windowed MLP's function evaluated densely (equal: `convwave verify`).
+
+        Args:
+            model: another network than the task's.
+            last: how many windows, the last ones, count; None means all.
+        """
+        last = last or self.positions
+        counts = torch.zeros(self.positions, dtype=torch.float64)
+        counts[-last:] = 1
+        graph = cw.dense_graph(self.packed, factors=self.model.factors, counts=counts)
+        result = self._work(self._copy(model or self.model, torch.float64), graph.to(self.device)).result()
+        return result if self.training else {"logits": result["logits"][-last:]}
+
+    def windowed(self, name: str = "windowed MLP", compile: Compile = False) -> Competitor:
+        """The windowed MLP of torch.nn's modules."""
+
+        def make(dtype: torch.dtype = torch.float32, compile: Compile = compile) -> Work:
+            mlp = cw.to_torch(self.model).to(self.device, dtype).train(self.training)
+            weights = [module.weight for module in mlp if isinstance(module, nn.Linear)]
+            return self._windows(compiled(mlp, compile), list(mlp.parameters()), weights, lambda g: g)
+
+        expected = None if self.windows == self.positions else self.expected(last=self.windows)
+        exact = functools.partial(lambda: make(torch.float64, False).result())
+        replays = compile == MAX_AUTOTUNE
+        return Competitor(name, make, exact=exact, positions=self.windows, expected=expected, replays=replays)
+
+    def reference(self, name: str = "the post's own classes") -> Competitor:
+        """The post's network as it stands, with its unbiased variance; checked against the same in float64."""
+        post = self._copy(self.model)
+        for block in post.layers:
+            block.norm.unbiased = True
+
+        def make() -> Work:
+            mlp = cw.to_windowed(post).to(self.device).train(self.training)
+            weights = [layer.weight for layer in mlp.layers if isinstance(layer, cw.reference.Linear)]
+            return self._windows(mlp, mlp.parameters(), weights, lambda g: g.T)
+
+        return Competitor(name, make, expected=self.expected(post))
+
+    def _windows(
+        self,
+        call: Callable[[Tensor], Tensor],
+        parameters: Sequence[Tensor],
+        weights: Sequence[Tensor],
+        layout: Callable[[Tensor], Tensor],
+    ) -> Work:
+        windows = cw.reference.build_windows(self.packed, self.model.context)
+        inputs, targets = (t[-self.windows :].to(self.device) for t in windows)
+
+        def gradients() -> Results:
+            *levels, head = (layout(grad(w)) for w in weights)
+            return _gradients(grad(parameters[0]), levels, head)
+
+        if not self.training:
+            return work_of(lambda: call(inputs), False, lambda out: {"logits": out})
+        return work_of(
+            lambda: F.cross_entropy(call(inputs), targets), True, lambda out: {"loss": out}, parameters, gradients
+        )
+
+    def convolution(
+        self,
+        kind: str,
+        name: str | None = None,
+        *,
+        backend: str = "eager",
+        compile: Compile = False,
+        rebuilt: bool = False,
+    ) -> Competitor:
+        """The convolution over the graph of this kind: "windowed", "dense" or "distinct", or one built in every run."""
+
+        def make() -> Work:
+            need(backend)
+            model = self._copy(self.model, torch.float32, backend)
+            work = self._work(model, self.graph(kind), compile)
+            return work._replace(run=lambda: self._work(model, self.graph(kind)).run()) if rebuilt else work
+
+        return Competitor(name or kind, make, captures=not rebuilt)
+
+    def graph(self, kind: str) -> cw.Graph:
+        build = {"windowed": cw.windowed_graph, "dense": cw.dense_graph, "distinct": cw.distinct_graph}[kind]
+        return build(self.packed, factors=self.model.factors).to(self.device)
+
+    def padded_conv1d(self, name: str, compile: Compile = False) -> Competitor:
+        """nn.Conv1d over the rectangle of all names, filled up on the right."""
+
+        def make() -> Work:
+            if self.training:
+                raise Unavailable("another function: the filling would count in BatchNorm's statistics")
+            tokens, inside = (t.to(self.device) for t in rectangle(self.packed))
+            model = self._copy(self.model)
+            call = compiled(conv1d_stack(model), compile)
+
+            def forward() -> Tensor:
+                return model.head(call(model.embedding(tokens).transpose(1, 2)).transpose(1, 2))
+
+            return work_of(forward, False, lambda out: {"logits": out[inside]})
+
+        return Competitor(name, make)
+
+    def _copy(self, model: cw.ConvWave, dtype: torch.dtype = torch.float32, backend: str = "eager") -> cw.ConvWave:
+        copied = cw.ConvWave(**model.config(), backend=backend)
+        copied.load_state_dict(model.state_dict())
+        return copied.to(self.device, dtype).train(self.training)
+
+    def _work(self, model: cw.ConvWave, graph: cw.Graph, compile: Compile = False) -> Work:
+        call = compiled(lambda: model(graph), compile)
+
+        def gradients() -> Results:
+            levels = [grad(block.conv.weight).transpose(1, 2).flatten(1) for block in model.layers]
+            return _gradients(grad(model.embedding.weight), levels, grad(model.head.weight))
+
+        if not self.training:
+            return work_of(call, False, lambda out: {"logits": out if graph.inverse is None else out[graph.inverse]})
+        return work_of(
+            lambda: cw.loss(call(), graph), True, lambda out: {"loss": out}, list(model.parameters()), gradients
+        )
+
+
+def _gradients(embedding: Tensor, levels: Sequence[Tensor], head: Tensor) -> Results:
+    return {"embedding": embedding, "head": head, **{f"level {i}": g for i, g in enumerate(levels)}}
+
+
+def rectangle(packed: cw.Packed) -> tuple[Tensor, Tensor]:
+    """(B, T) tokens of all words, filled up with 0 on the right, and the (B, T) mask of those that are no filling."""
+    lengths = packed.cu_seqlens.diff()
+    inside = torch.arange(int(lengths.max())) < lengths[:, None]
+    tokens = torch.zeros(inside.shape, dtype=torch.int64)
+    tokens[inside] = packed.tokens
+    return tokens, inside
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The stack over sequences of one length
+
+
+def repeat_left(h: Tensor, dilation: int, dim: int) -> Tensor:
+    """`h` with its first position repeated `dilation` times in front: exact at the left edge, deterministic on CUDA."""
+    shape = list(h.shape)
+    shape[dim] = dilation
+    return torch.cat([h.narrow(dim, 0, 1).expand(shape), h], dim)
+
+
+class Conv1dStack(nn.Module):
+    """Convolution, nn.BatchNorm1d, tanh, level by level, over (B, C, T); `pad(h, dilation)` comes first."""
+
+    def __init__(
+        self, convs: list[nn.Module], norms: list[nn.BatchNorm1d], pad: Callable[[Tensor, int], Tensor]
+    ) -> None:
+        super().__init__()
+        self.convs, self.norms, self.pad = nn.ModuleList(convs), nn.ModuleList(norms), pad
+
+    def forward(self, h: Tensor) -> Tensor:
+        dilation = 1
+        for conv, norm in zip(self.convs, self.norms, strict=True):
+            h = torch.tanh(norm(conv(self.pad(h, dilation))))
+            dilation *= conv.kernel_size[0]
+        return h
+
+
+class ShiftedMatmulStack(nn.Module):
+    """Two matrix products a level, of the positions and of the same shifted by the dilation, over (B, T, C)."""
+
+    def __init__(self, matrices: list[Tensor], norms: list[nn.BatchNorm1d]) -> None:
+        super().__init__()
+        self.older = nn.ParameterList(w[:, :, 0].T.contiguous() for w in matrices)
+        self.newer = nn.ParameterList(w[:, :, 1].T.contiguous() for w in matrices)
+        self.norms = nn.ModuleList(norms)
+
+    def forward(self, h: Tensor) -> Tensor:
+        B, T, _ = h.shape
+        for i, (older, newer, norm) in enumerate(zip(self.older, self.newer, self.norms, strict=True)):
+            shifted = repeat_left(h, 2**i, 1)[:, :T]
+            z = shifted.reshape(B * T, -1) @ older + h.reshape(B * T, -1) @ newer
+            h = torch.tanh(norm(z)).view(B, T, -1)
+        return h
+
+
+def conv1d_stack(
+    model: cw.ConvWave,
+    conv: Callable[..., nn.Module] = nn.Conv1d,
+    pad: Callable[[Tensor, int], Tensor] = lambda h, dilation: repeat_left(h, dilation, 2),
+) -> Conv1dStack:
+    """The levels of a network as nn.Conv1d and nn.BatchNorm1d, or with another library's convolution or padding."""
+    convs: list[nn.Module] = []
+    for block in model.layers:
+        H, C, k = block.conv.weight.shape
+        layer: Any = conv(C, H, k, dilation=block.conv.dilation, bias=False)
+        layer.weight.data.copy_(block.conv.weight)
+        convs.append(layer)
+    weight = model.head.weight
+    return Conv1dStack(convs, torch_norms(model), pad).to(weight.device, weight.dtype).train(model.training)
+
+
+def torch_norms(model: cw.ConvWave) -> list[nn.BatchNorm1d]:
+    norms = [nn.BatchNorm1d(b.norm.num_features, b.norm.eps, b.norm.momentum) for b in model.layers]
+    for norm, block in zip(norms, model.layers, strict=True):
+        norm.load_state_dict({**norm.state_dict(), **block.norm.state_dict()})
+    return norms
+
+
+class Stack:
+    """The task: L levels of width C over B sequences of T positions.
+
+    Args:
+        batch, length, channels, levels: B, T, C, L.
+        dtype: of activations and weights.
+        training: forward in training mode and backward from a fixed gradient, or forward in evaluation mode.
+        device: where to run.
+    """
+
+    def __init__(
+        self, batch: int, length: int, channels: int, levels: int, dtype: torch.dtype, training: bool, device: str
+    ) -> None:
+        generator = torch.Generator().manual_seed(0)
+        self.shape, self.positions = (batch, length, channels), batch * length
+        self.dtype, self.training, self.device = dtype, training, device
+        options = {"unbiased": False, "backend": "eager", "statistics": "positions"}
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            self._model = cw.ConvWave(2, channels, channels, levels, **options)
+        for block in self._model.layers:
+            block.norm.running_mean.normal_(generator=generator).mul_(0.1)
+            block.norm.running_var.uniform_(0.5, 1.5, generator=generator)
+        self.x = torch.randn(self.shape, generator=generator).to(dtype).to(device)
+        self.gradient = torch.randn(self.shape, generator=generator).to(dtype).to(device)
+        self.graph = cw.dense_graph(cw.pack_ids([[1] * (length - 1)] * batch), levels).to(device)
+
+    def expected(self) -> Results:
+        """The result in float64, from the same rounded inputs and weights."""
+        return self._convwave("eager", torch.float64).result()
+
+    def model(self, dtype: torch.dtype) -> cw.ConvWave:
+        """The network, its weights rounded to the task's dtype first."""
+        return copy.deepcopy(self._model).to(self.dtype).to(self.device, dtype).train(self.training)
+
+    def matmul(self, name: str = "two shifted matmuls", compile: Compile = False) -> Competitor:
+        def make(dtype: torch.dtype = self.dtype, compile: Compile = compile) -> Work:
+            model = self.model(dtype)
+            stack = ShiftedMatmulStack([b.conv.weight.detach() for b in model.layers], torch_norms(model))
+            stack = stack.to(self.device, dtype).train(self.training)
+
+            def gradients() -> list[Tensor]:
+                return [torch.stack([grad(a).T, grad(b).T], 2) for a, b in zip(stack.older, stack.newer, strict=True)]
+
+            x, gradient = self.x.to(dtype), self.gradient.to(dtype)
+            return self._work(compiled(stack, compile), x, gradient, list(stack.parameters()), gradients, lambda h: h)
+
+        def exact() -> Results:
+            return make(torch.float64, False).result()
+
+        return Competitor(name, make, self.dtype, exact=exact, replays=compile == MAX_AUTOTUNE)
+
+    def conv1d(self, name: str = "Conv1d + BatchNorm1d + tanh", compile: Compile = False) -> Competitor:
+        make = functools.partial(self._conv1d, lambda: conv1d_stack(self.model(self.dtype)), compile)
+        return Competitor(name, make, self.dtype, replays=compile == MAX_AUTOTUNE)
+
+    def pytorch_tcn(self) -> Competitor:
+        """The causal convolution of the package pytorch-tcn, where it is installed; it pads by itself."""
+
+        def stack() -> Conv1dStack:
+            try:
+                module = importlib.import_module("pytorch_tcn")
+            except ImportError:
+                raise Unavailable("pytorch-tcn is not installed") from None
+            conv = functools.partial(module.TemporalConv1d, padding_mode="replicate")
+            return conv1d_stack(self.model(self.dtype), conv, lambda h, dilation: h)
+
+        return Competitor("pytorch-tcn", functools.partial(self._conv1d, stack), self.dtype)
+
+    def _conv1d(self, make: Callable[[], Conv1dStack], compile: Compile = False) -> Work:
+        stack = make()
+        x, gradient = (t.transpose(1, 2).contiguous() for t in (self.x, self.gradient))
+        weights = [layer.weight for layer in stack.convs]
+        parameters = list(stack.parameters())
+        call = compiled(stack, compile)
+        return self._work(
+            call, x, gradient, parameters, lambda: [grad(w) for w in weights], lambda h: h.transpose(1, 2)
+        )
+
+    def convwave(self, name: str, backend: str = "eager", precision: str = "auto") -> Competitor:
+        """This library; `precision` of float32 products is the kernels', "auto" the same as everybody's."""
+        return Competitor(name, lambda: self._convwave(backend, self.dtype, precision), self.dtype)
+
+    def _convwave(self, backend: str, dtype: torch.dtype, precision: str = "auto") -> Work:
+        need(backend)
+        model = cw.ConvWave(**self._model.config(), backend=backend, precision=precision)
+        model.load_state_dict(self.model(self.dtype).state_dict())
+        model = model.to(self.device, dtype).train(self.training)
+        parameters = [p for block in model.layers for p in block.parameters()]
+        x, gradient = (t.to(dtype).view(self.positions, -1) for t in (self.x, self.gradient))
+
+        def gradients() -> list[Tensor]:
+            return [grad(block.conv.weight) for block in model.layers]
+
+        def call(h: Tensor) -> Tensor:
+            return model.features(h, self.graph)
+
+        return self._work(call, x, gradient, parameters, gradients, lambda h: h.view(self.shape))
+
+    def _work(
+        self,
+        call: Callable[[Tensor], Tensor],
+        x: Tensor,
+        gradient: Tensor,
+        parameters: Sequence[Tensor],
+        gradients: Callable[[], list[Tensor]],
+        layout: Callable[[Tensor], Tensor],
+    ) -> Work:
+        leaf = x.clone().requires_grad_(self.training)
+
+        def all_gradients() -> Results:
+            return {"x": layout(grad(leaf)), **{f"level {i}": g for i, g in enumerate(gradients())}}
+
+        show: Callable[[Tensor], Results] = lambda out: {"h": layout(out)}  # noqa: E731
+        return work_of(lambda: call(leaf), self.training, show, [leaf, *parameters], all_gradients, gradient)
