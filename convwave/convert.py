@@ -8,6 +8,7 @@ keeps the transpose, (H, n * C).
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 
 from convwave import reference
 from convwave.data.graph import graph_of_windows
-from convwave.nn import ConvWave
+from convwave.nn import BatchNorm, ConvWave
 
 
 class ConversionError(ValueError):
@@ -29,6 +30,8 @@ class _Level:
     weight: Tensor  # (H, n * C)
     shift: Tensor | None  # (H,) the Linear's bias, which BatchNorm cancels
     norm: reference.BatchNorm1d | nn.BatchNorm1d
+    unbiased: bool
+    training: bool
 
 
 @dataclass
@@ -39,8 +42,6 @@ class _Parts:
     levels: list[_Level]
     head_weight: Tensor  # (V, H)
     head_bias: Tensor  # (V,)
-    unbiased: bool
-    training: bool
 
 
 def from_windowed(mlp: reference.Sequential | nn.Module, backend: str = "auto") -> ConvWave:
@@ -57,7 +58,7 @@ def from_windowed(mlp: reference.Sequential | nn.Module, backend: str = "auto") 
     Raises:
         ConversionError: a network that is not of this form, or whose output is another function.
     """
-    parts = _of_torch(mlp) if isinstance(mlp, nn.Module) else _of_reference(mlp)
+    parts = _of_torch(mlp) if isinstance(mlp, nn.Module) else _of_scratch(mlp)
     factors, channels = [], parts.embedding.shape[1]
     for i, level in enumerate(parts.levels):
         width, joined = level.weight.shape
@@ -70,17 +71,9 @@ def from_windowed(mlp: reference.Sequential | nn.Module, backend: str = "auto") 
     if parts.head_weight.shape[1] != channels:
         raise ConversionError(f"mlp: the head reads {parts.head_weight.shape[1]} numbers, expected {channels}")
 
-    model = ConvWave(
-        vocab_size=parts.embedding.shape[0],
-        n_embd=parts.embedding.shape[1],
-        n_hidden=[level.weight.shape[0] for level in parts.levels],
-        factors=factors,
-        unbiased=parts.unbiased,
-        eps=[level.norm.eps for level in parts.levels],
-        momentum=[float(level.norm.momentum or 0.0) for level in parts.levels],
-        backend=backend,
-    )
-    model.to(parts.embedding.device, parts.embedding.dtype).train(parts.training)
+    with torch.random.fork_rng(devices=[]):  # the initial weights are overwritten: draw none of the user's numbers
+        model = _network(parts, factors, backend)
+    model.to(parts.embedding.device, parts.embedding.dtype)
     with torch.no_grad():
         model.embedding.weight.copy_(parts.embedding)
         for block, level in zip(model.layers, parts.levels, strict=True):
@@ -91,16 +84,32 @@ def from_windowed(mlp: reference.Sequential | nn.Module, backend: str = "auto") 
                 if isinstance(ours, nn.Parameter):
                     ours.requires_grad_(theirs.requires_grad)
             if level.shift is not None:
+                assert block.norm.running_mean is not None
                 block.norm.running_mean -= level.shift
+            block.train(level.training)
             block.conv.weight.requires_grad_(level.weight.requires_grad)
         model.head.weight.copy_(parts.head_weight)
         model.head.bias.copy_(parts.head_bias)
         model.embedding.weight.requires_grad_(parts.embedding.requires_grad)
         model.head.weight.requires_grad_(parts.head_weight.requires_grad)
         model.head.bias.requires_grad_(parts.head_bias.requires_grad)
+    model.training = any(level.training for level in parts.levels)
     if isinstance(mlp, nn.Module):
         _check_same_function(mlp, model)
     return model
+
+
+def _network(parts: _Parts, factors: Sequence[int], backend: str) -> ConvWave:
+    return ConvWave(
+        vocab_size=parts.embedding.shape[0],
+        n_embd=parts.embedding.shape[1],
+        n_hidden=[level.weight.shape[0] for level in parts.levels],
+        factors=factors,
+        unbiased=[level.unbiased for level in parts.levels],
+        eps=[level.norm.eps for level in parts.levels],
+        momentum=[float(level.norm.momentum or 0.0) for level in parts.levels],
+        backend=backend,
+    )
 
 
 def to_windowed(model: ConvWave) -> reference.Sequential:
@@ -112,16 +121,19 @@ def to_windowed(model: ConvWave) -> reference.Sequential:
     _check_statistics(model)
     mlp = reference.HierarchicalMLP(model.vocab_size, model.n_embd, model.widths, factors=model.factors)
     mlp.to(model.head.weight.device).to(model.head.weight.dtype)
-    parts = _of_reference(mlp)
-    for block, level in zip(model.layers, parts.levels, strict=True):
-        assert isinstance(level.norm, reference.BatchNorm1d)
-        level.norm.eps, level.norm.momentum, level.norm.unbiased = (
-            block.norm.eps,
-            block.norm.momentum,
-            block.norm.unbiased,
+    parts = _of_scratch(mlp)
+    for block, theirs in zip(model.layers, mlp.norms(), strict=True):
+        ours = block.norm
+        if ours.momentum is None:
+            raise ConversionError("model: momentum=None, a cumulative average, has no windowed counterpart")
+        theirs.eps, theirs.momentum, theirs.unbiased, theirs.training = (
+            ours.eps,
+            ours.momentum,
+            ours.unbiased,
+            ours.training,
         )
     _copy_into(parts, model)
-    return mlp.train(model.training)
+    return mlp
 
 
 def to_torch(model: ConvWave) -> nn.Sequential:
@@ -168,37 +180,51 @@ def _copy_into(parts: _Parts, model: ConvWave) -> None:
     parts.head_bias.copy_(model.head.bias)
 
 
-def _vectors(ours: nn.Module, theirs: reference.BatchNorm1d | nn.BatchNorm1d) -> list[tuple[Tensor, Tensor]]:
-    """The tensors of a BatchNorm of the convolution, each with its counterpart."""
+def _vectors(ours: BatchNorm, theirs: reference.BatchNorm1d | nn.BatchNorm1d) -> list[tuple[Tensor, Tensor]]:
+    """The tensors of a BatchNorm of the convolution, each with its counterpart, also where that is (1, 1, H)."""
     names = ["weight", "bias", "running_mean", "running_var"]
-    other = ["gamma", "beta", *names[2:]] if isinstance(theirs, reference.BatchNorm1d) else names
-    if not isinstance(theirs, reference.BatchNorm1d):
-        names, other = [*names, "num_batches_tracked"], [*other, "num_batches_tracked"]
-    return [(getattr(ours, a), getattr(theirs, b)) for a, b in zip(names, other, strict=True)]
+    other = [*names, "num_batches_tracked"] if isinstance(theirs, nn.BatchNorm1d) else ["gamma", "beta", *names[2:]]
+    pairs = []
+    for a, b in zip([*names, "num_batches_tracked"], other, strict=False):
+        mine, its = getattr(ours, a), getattr(theirs, b)
+        if mine.numel() != its.numel():
+            raise ConversionError(f"mlp: {b} has shape {tuple(its.shape)}, expected {mine.numel()} numbers")
+        pairs.append((mine, its if its.shape == mine.shape else its.view(mine.shape)))
+    return pairs
 
 
-def _of_reference(mlp: reference.Sequential) -> _Parts:
-    embedding, *middle, head = mlp.layers
-    if not isinstance(embedding, reference.Embedding):
-        raise ConversionError(f"mlp: expected an Embedding first, got {type(embedding).__name__}")
-    if not isinstance(head, reference.Linear) or head.bias is None:
+def _kind(layer: object) -> str:
+    """What a layer of a network from scratch is, by its tensors and, where it has none, by its name."""
+    tensors = {name for name, value in vars(layer).items() if isinstance(value, Tensor)}
+    if {"gamma", "beta", "running_mean", "running_var"} <= tensors:
+        return "norm"
+    if "weight" in tensors:
+        return "linear" if hasattr(layer, "bias") else "embedding"
+    name = type(layer).__name__.lower()
+    return next((kind for kind in ("flatten", "tanh") if kind in name), type(layer).__name__)
+
+
+def _of_scratch(mlp: reference.Sequential) -> _Parts:
+    """A network of `reference`'s classes, or of a notebook's own that keep their tensors under the same names."""
+    embedding, *middle, head = getattr(mlp, "layers", None) or [None, None]
+    if embedding is None or _kind(embedding) != "embedding":
+        raise ConversionError(
+            f"mlp: expected an embedding first (an object with a tensor `weight` and no `bias`), "
+            f"got {type(embedding).__name__} with {sorted(vars(embedding)) if embedding is not None else 'no layers'}"
+        )
+    if _kind(head) != "linear" or head.bias is None:
         raise ConversionError("mlp: expected a Linear with bias last")
     levels: list[_Level] = []
     for i in range(0, len(middle), 4):
-        flatten, linear, norm, tanh = [*middle[i : i + 4], None, None, None][:4]
-        if not (
-            isinstance(flatten, reference.Flatten | reference.FlattenConsecutive)
-            and isinstance(linear, reference.Linear)
-            and isinstance(norm, reference.BatchNorm1d)
-            and isinstance(tanh, reference.Tanh)
-        ):
-            names = [type(layer).__name__ for layer in middle[i : i + 4]]
+        layers = middle[i : i + 4]
+        if [_kind(layer) for layer in layers] != ["flatten", "linear", "norm", "tanh"]:
+            names = [type(layer).__name__ for layer in layers]
             raise ConversionError(f"mlp: expected flatten, Linear, BatchNorm1d, Tanh per level, got {names}")
-        levels.append(_Level(linear.weight.T, linear.bias, norm))
-    norms = list(mlp.norms())
-    if not norms or len({(norm.unbiased, norm.training) for norm in norms}) != 1:
-        raise ConversionError("mlp: expected one variance, biased or unbiased, and one mode at all levels")
-    return _Parts(embedding.weight, levels, head.weight.T, head.bias, norms[0].unbiased, norms[0].training)
+        _, linear, norm, _ = layers
+        levels.append(_Level(linear.weight.T, linear.bias, norm, getattr(norm, "unbiased", True), norm.training))
+    if not levels:
+        raise ConversionError("mlp: expected at least one flatten, Linear, BatchNorm1d, Tanh")
+    return _Parts(embedding.weight, levels, head.weight.T, head.bias)
 
 
 def _of_torch(mlp: nn.Module) -> _Parts:
@@ -229,10 +255,10 @@ def _of_torch(mlp: nn.Module) -> _Parts:
             raise ConversionError(f"mlp: expected Linear, BatchNorm1d, Tanh per level, got {names}")
         if not norm.affine or not norm.track_running_stats or norm.momentum is None:
             raise ConversionError(f"mlp: {norm} needs affine parameters, running statistics and a momentum")
-        levels.append(_Level(linear.weight, linear.bias, norm))
+        levels.append(_Level(linear.weight, linear.bias, norm, False, mlp.training))
     if not levels:
         raise ConversionError("mlp: expected at least one Linear, BatchNorm1d, Tanh between Embedding and head")
-    return _Parts(embedding.weight, levels, head.weight, head.bias, unbiased=False, training=mlp.training)
+    return _Parts(embedding.weight, levels, head.weight, head.bias)
 
 
 @torch.no_grad()

@@ -6,6 +6,7 @@ Parameters lie in torch's own layouts, so weights move to and from `nn.Conv1d`, 
 from __future__ import annotations
 
 import math
+import operator
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -13,11 +14,12 @@ from typing import Any, Literal, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
-from convwave.data.graph import Graph, Padding
+from convwave.data.graph import Graph, Padding, Rows
 from convwave.data.packing import Vocabulary
 from convwave.files import CheckpointError, read_tensors, write_tensors
-from convwave.ops import functional, naive
+from convwave.ops import functional, naive, stack
 from convwave.ops.functional import Layout
 from convwave.ops.level import Level, check_total, track
 from convwave.ops.library import PRECISIONS, choose_backend, conv_stack, runs_kernels
@@ -25,6 +27,17 @@ from convwave.ops.library import PRECISIONS, choose_backend, conv_stack, runs_ke
 Statistics = Literal["windows", "positions"]
 _T = TypeVar("_T", bool, int, float)
 MODEL_FORMAT = "convwave.model.1"
+
+__all__ = [
+    "BatchNorm",
+    "CausalConv1d",
+    "ConvBatchNormTanh",
+    "ConvStack",
+    "ConvWave",
+    "evaluating",
+    "load",
+    "save_model",
+]
 
 
 @contextmanager
@@ -40,52 +53,89 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 
 class CausalConv1d(nn.Module):
-    """Dilated causal convolution without bias over gathered rows.
+    """Dilated causal convolution, of the rows of a graph or of sequences.
+
+    With ``padding="zeros", layout="BCT"`` it equals `nn.Conv1d` behind zeros on the left.
 
     Args:
         in_channels: C.
         out_channels: H.
         kernel_size: k taps.
-        dilation: distance of the taps in positions; the graph's taps carry it out, here it documents.
+        dilation: distance of the taps in positions; for rows of a graph its taps say so, and this documents it.
+        bias: add one number per output channel.
+        padding: what stands before a sequence: its first row again ("replicate"), or "zeros".
+        layout: of three-dimensional input and output: "BTC", or "BCT" as in `nn.Conv1d`.
     """
 
-    def __init__(self, in_channels: int, out_channels: int, kernel_size: int = 2, dilation: int = 1) -> None:
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int = 2,
+        dilation: int = 1,
+        *,
+        bias: bool = False,
+        padding: Padding = "replicate",
+        layout: Layout = "BTC",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
         super().__init__()
-        self.in_channels, self.out_channels = in_channels, out_channels
-        self.kernel_size, self.dilation = kernel_size, dilation
-        self.weight = nn.Parameter(torch.empty(out_channels, in_channels, kernel_size))
+        functional.check_options(dilation, padding, layout)
+        self.in_channels = _whole("in_channels", in_channels)
+        self.out_channels = _whole("out_channels", out_channels)
+        self.kernel_size, self.dilation = _whole("kernel_size", kernel_size), _whole("dilation", dilation)
+        self.padding, self.layout = padding, layout
+        shape = (self.out_channels, self.in_channels, self.kernel_size)
+        self.weight = nn.Parameter(torch.empty(shape, device=device, dtype=dtype))
+        empty = torch.empty(self.out_channels, device=device, dtype=dtype)
+        self.bias = nn.Parameter(empty) if bias else None
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Standard normal over the square root of the fan-in, as in the post."""
+        """Standard normal over the square root of the fan-in, as in the post; the bias is 0."""
         nn.init.normal_(self.weight, std=(self.in_channels * self.kernel_size) ** -0.5)
+        if self.bias is not None:
+            nn.init.zeros_(self.bias)
 
-    def forward(self, h: Tensor, taps: Tensor) -> Tensor:
-        """(N', C), (k, N) -> (N, H)."""
-        return naive.conv(h, self.weight.to(h.dtype), taps)
+    def forward(self, h: Tensor, taps: Tensor | None = None, *, cu_seqlens: Tensor | None = None) -> Tensor:
+        """Rows or sequences in, the same out.
+
+        Args:
+            h: (N', C) rows with `taps`; (N, C) sequences end to end with `cu_seqlens`; (B, T, C) or (B, C, T).
+            taps: (k, N) rows of h, a level of a graph; then dilation and padding are not used.
+
+        Returns:
+            (N, H), (B, T, H) or (B, H, T).
+        """
+        rows, row, shape = _arranged(self, h, taps, None, None, cu_seqlens)
+        bias = None if self.bias is None else self.bias.to(h.dtype)
+        zeros = taps is None and self.padding == "zeros"
+        out = stack.conv(rows, self.weight.to(h.dtype), row.taps, bias, zeros=zeros)
+        return functional.restore(out, h, shape, self.layout)
 
     def extra_repr(self) -> str:
-        return f"{self.in_channels}, {self.out_channels}, kernel_size={self.kernel_size}, dilation={self.dilation}"
+        return (
+            f"{self.in_channels}, {self.out_channels}, kernel_size={self.kernel_size}, dilation={self.dilation}, "
+            f"bias={self.bias is not None}, padding={self.padding!r}, layout={self.layout!r}"
+        )
 
 
-class BatchNorm(nn.Module):
-    """BatchNorm over rows that carry multiplicities, channels last; state and arguments are `nn.BatchNorm1d`'s.
+class BatchNorm(_BatchNorm):
+    """BatchNorm over rows that carry multiplicities; arguments and state are `nn.BatchNorm1d`'s.
 
     Running statistics stay float32 under ``.half()`` and ``.bfloat16()``, and are computed in float32 at least.
 
     Args:
         num_features: H.
         eps: added to the variance.
-        momentum: share of a new batch in the running statistics; None is the average over all batches so far.
+        momentum: share of a new batch in the running statistics; None averages over all batches so far.
         affine: scale and shift.
         track_running_stats: keep running statistics; without them evaluation mode takes those of the rows.
         unbiased: normalise with the unbiased variance (the post) or the biased one (`nn.BatchNorm1d`).
         bias: shift, where `affine`.
+        layout: where the channels are: last in "BTC", second in "BCT", as in `nn.BatchNorm1d`.
     """
-
-    running_mean: Tensor | None
-    running_var: Tensor | None
-    num_batches_tracked: Tensor | None
 
     def __init__(
         self,
@@ -99,62 +149,58 @@ class BatchNorm(nn.Module):
         *,
         unbiased: bool = True,
         bias: bool = True,
+        layout: Layout = "BTC",
     ) -> None:
-        super().__init__()
-        self.num_features, self.unbiased, self.eps, self.momentum = num_features, unbiased, eps, momentum
-        self.affine, self.track_running_stats = affine, track_running_stats
-        like = torch.empty(num_features, device=device, dtype=dtype)
-        self.weight = nn.Parameter(torch.ones_like(like)) if affine else None
-        self.bias = nn.Parameter(torch.zeros_like(like)) if affine and bias else None
-        self.register_buffer("running_mean", torch.zeros_like(like) if track_running_stats else None)
-        self.register_buffer("running_var", torch.ones_like(like) if track_running_stats else None)
-        count = torch.zeros((), dtype=torch.int64, device=device) if track_running_stats else None
-        self.register_buffer("num_batches_tracked", count)
+        functional.check_options(1, "zeros", layout)
+        if not 0 <= float(eps) < math.inf:
+            raise ValueError(f"eps: expected a number >= 0, got {eps}")
+        if momentum is not None and not 0 <= float(momentum) <= 1:
+            raise ValueError(f"momentum: expected a number from 0 to 1, or None, got {momentum}")
+        features = _whole("num_features", num_features)
+        momentum = None if momentum is None else float(momentum)
+        super().__init__(features, float(eps), momentum, affine, track_running_stats, device, dtype)
+        if not bias:
+            self.register_parameter("bias", None)
+        self.unbiased, self.layout = bool(unbiased), layout
 
     def level(self, weight: Tensor) -> Level:
         """The level that a convolution's matrix (H, C, k) makes with this norm."""
-        ones = torch.ones(self.num_features, dtype=weight.dtype, device=weight.device)
+        like = weight.detach().new_ones(self.num_features)
         momentum = self.momentum
         if momentum is None:
             tracked = self.num_batches_tracked
             momentum = 1 / (1 + float(tracked)) if tracked is not None and self.training else 0.0
-        return Level(
-            weight,
-            ones if self.weight is None else self.weight,
-            0 * ones if self.bias is None else self.bias,
-            self.running_mean,
-            self.running_var,
-            self.eps,
-            momentum,
-            self.training,
-            self.unbiased,
-        )
+        gamma = like if self.weight is None else self.weight
+        beta = torch.zeros_like(like) if self.bias is None else self.bias
+        statistics = (self.running_mean, self.running_var) if self.track_running_stats else (None, None)
+        return Level(weight, gamma, beta, *statistics, self.eps, momentum, self.training, self.unbiased)
 
     def count_batch(self) -> None:
         """Note that a batch was tracked, in training mode."""
         if self.training and self.num_batches_tracked is not None:
             self.num_batches_tracked.add_(1)
 
-    def forward(self, z: Tensor, weights: Tensor | None = None, total: float | None = None) -> Tensor:
-        """Normalise rows.
+    def forward(self, z: Tensor, weights: Tensor | None = None, total: float | None = None) -> Tensor:  # type: ignore[override]
+        """Normalise rows over all dimensions but the channels.
 
         Args:
-            z: (N, H) or (B, T, H).
-            weights: counts of the rows in the statistics, (N,) or (B, T); None means 1 each.
+            z: (N, H), (B, T, H), .. with the channels last; with ``layout="BCT"`` (N, H), (B, H, T), ..
+            weights: counts of the rows in the statistics, (N,), (B, T), ..; None means 1 each.
             total: their sum, when known.
 
         Returns:
             Of z's shape and dtype.
         """
-        if z.ndim not in (2, 3) or z.shape[-1] != self.num_features:
-            expected = f"(N, {self.num_features}) or (B, T, {self.num_features})"
-            raise ValueError(f"z: expected shape {expected}, got {tuple(z.shape)}")
-        if weights is not None and weights.shape != z.shape[:-1]:
-            raise ValueError(f"weights: expected shape {tuple(z.shape[:-1])}, got {tuple(weights.shape)}")
-        rows, counts = z.flatten(0, -2), None if weights is None else weights.flatten()
+        last = z if self.layout == "BTC" or z.ndim < 3 else z.movedim(1, -1)
+        if z.ndim < 2 or last.shape[-1] != self.num_features:
+            expected = "(N, {0}) or (B, T, {0})" if self.layout == "BTC" else "(N, {0}) or (B, {0}, T)"
+            raise ValueError(f"z: expected shape {expected.format(self.num_features)}, got {tuple(z.shape)}")
+        if weights is not None and weights.shape != last.shape[:-1]:
+            raise ValueError(f"weights: expected shape {tuple(last.shape[:-1])}, got {tuple(weights.shape)}")
+        rows, counts = last.reshape(-1, self.num_features), None if weights is None else weights.reshape(-1)
         if counts is not None:
             rows = functional.without_uncounted(rows, torch.arange(len(rows), device=z.device)[None], counts)
-        level = self.level(z.new_empty(0))
+        level = self.level(rows)
         if level.of_rows and not torch.compiler.is_compiling():
             known = float(len(rows)) if counts is None else total
             if known is None and counts is not None and not counts.is_cuda:
@@ -165,7 +211,8 @@ class BatchNorm(nn.Module):
         if stats is not None and self.training:
             track(level, stats.mean.detach(), stats.var.detach(), stats.total.detach())
             self.count_batch()
-        return y.to(z.dtype).view(z.shape)
+        y = y.to(z.dtype).view(last.shape)
+        return y if last is z else y.movedim(-1, 1)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> BatchNorm:
         before = {name: getattr(self, name) for name in ("running_mean", "running_var")}
@@ -176,17 +223,8 @@ class BatchNorm(nn.Module):
                 setattr(self, name, old.to(new.device, torch.float32))
         return self
 
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        key = prefix + "num_batches_tracked"
-        if self.num_batches_tracked is not None and key not in state_dict:  # files of before it was kept
-            state_dict[key] = self.num_batches_tracked
-        super()._load_from_state_dict(state_dict, prefix, *args)
-
     def extra_repr(self) -> str:
-        return (
-            f"{self.num_features}, eps={self.eps}, momentum={self.momentum}, affine={self.affine}, "
-            f"track_running_stats={self.track_running_stats}, unbiased={self.unbiased}"
-        )
+        return f"{super().extra_repr()}, unbiased={self.unbiased}"
 
 
 class ConvBatchNormTanh(nn.Module):
@@ -233,8 +271,16 @@ class ConvBatchNormTanh(nn.Module):
     def fused(self) -> bool:
         """Whether convolution, norm and tanh can be one: no hook wants to see them, no other module replaces them."""
         conv, norm = type(self.conv), type(self.norm)
-        plain = getattr(conv, "forward", None) is CausalConv1d.forward and norm.forward is BatchNorm.forward
+        plain = conv.forward is CausalConv1d.forward and norm.forward is BatchNorm.forward and self.conv.bias is None
         return plain and not any(_hooked(module) for module in (self.conv, self.norm))
+
+    @property
+    def kernel_size(self) -> int:
+        return self.conv.kernel_size
+
+    @property
+    def dilation(self) -> int:
+        return self.conv.dilation
 
     def level(self) -> Level:
         """Its parameters and statistics as the value that every engine reads."""
@@ -260,28 +306,140 @@ class ConvBatchNormTanh(nn.Module):
         Returns:
             (N, H), (B, T, H) or (B, H, T).
         """
-        of_graph = taps is not None
-        dilation, padding = (1, "replicate") if of_graph else (self.conv.dilation, self.padding)
-        options = {"dilation": dilation, "padding": padding, "layout": self.layout}
-        functional.check_layer(h, self.conv.weight.shape, taps, cu_seqlens, **options)
-        rows, row, shape = functional.arrange(
-            h, self.conv.kernel_size, taps=taps, counts=weights, total=total, cu_seqlens=cu_seqlens, **options
-        )
+        rows, row, shape = _arranged(self, h, taps, weights, total, cu_seqlens)
         if self.fused:
             out = conv_stack(rows, [self.level()], [row], self.backend, self.precision)
             self.norm.count_batch()
-        else:
+        elif isinstance(self.norm, BatchNorm):
             out = self.norm(self.conv(rows, row.taps), row.counts, row.total).tanh()
+        else:
+            raise TypeError(
+                f"norm: expected a convwave.nn.BatchNorm, whose rows may carry counts, got {type(self.norm).__name__}"
+            )
         return functional.restore(out, h, shape, self.layout)
 
     def extra_repr(self) -> str:
         return f"padding={self.padding!r}, layout={self.layout!r}, backend={self.backend!r}"
 
 
+def _arranged(
+    module: CausalConv1d | ConvBatchNormTanh,
+    h: Tensor,
+    taps: Tensor | None,
+    counts: Tensor | None,
+    total: float | None,
+    cu_seqlens: Tensor | None,
+) -> tuple[Tensor, Rows, tuple[int, ...]]:
+    """What `functional.arrange` returns, of a module's options; arguments checked."""
+    dilation, padding = (1, "replicate") if taps is not None else (module.dilation, module.padding)
+    conv = module.conv if isinstance(module, ConvBatchNormTanh) else module
+    shape = (conv.out_channels, conv.in_channels, conv.kernel_size)
+    functional.check_layer(
+        h, shape, taps, cu_seqlens, dilation=dilation, padding=cast(Padding, padding), layout=module.layout
+    )
+    return functional.arrange(
+        h,
+        conv.kernel_size,
+        taps=taps,
+        counts=counts,
+        total=total,
+        cu_seqlens=cu_seqlens,
+        dilation=dilation,
+        padding=cast(Padding, padding),
+        layout=module.layout,
+    )
+
+
+def _whole(name: str, value: int) -> int:
+    """A count of something as a plain int, also from numpy; ValueError below 1."""
+    try:
+        number = operator.index(value)
+    except TypeError:
+        raise ValueError(f"{name}: expected a whole number, got {value!r}") from None
+    if number < 1:
+        raise ValueError(f"{name}: expected at least 1, got {number}")
+    return number
+
+
 def _hooked(module: nn.Module) -> bool:
     """Whether anybody watches a module's calls."""
     hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
     return any(getattr(module, name) for name in hooks) or torch.nn.modules.module._has_any_global_hook()
+
+
+class ConvStack(nn.Module):
+    """Levels of `ConvBatchNormTanh` one above the other over sequences, fused into one op where they can be.
+
+    Args:
+        channels: C, H_1, .., H_L: of the input and of every level.
+        kernel_size: k taps, of all levels or of each.
+        dilations: of each level; None means 1, k, k^2, .. as in a tree.
+        unbiased, eps, momentum, padding, layout, backend, precision: see `ConvBatchNormTanh`.
+    """
+
+    def __init__(
+        self,
+        channels: Sequence[int],
+        kernel_size: int | Sequence[int] = 2,
+        dilations: Sequence[int] | None = None,
+        *,
+        unbiased: bool = True,
+        eps: float = 1e-5,
+        momentum: float | None = 0.1,
+        padding: Padding = "replicate",
+        layout: Layout = "BTC",
+        backend: str = "auto",
+        precision: str = "auto",
+    ) -> None:
+        super().__init__()
+        if len(channels) < 2:
+            raise ValueError(f"channels: expected at least 2 numbers, of the input and of each level, got {channels}")
+        sizes = _per_level("kernel_size", kernel_size, len(channels) - 1)
+        if dilations is None:
+            dilations = [math.prod(sizes[:i]) for i in range(len(sizes))]
+        distances = _per_level("dilations", dilations, len(sizes))
+        self.blocks = nn.ModuleList(
+            ConvBatchNormTanh(
+                below,
+                above,
+                size,
+                distance,
+                unbiased,
+                eps,
+                momentum,
+                padding=padding,
+                layout=layout,
+                backend=backend,
+                precision=precision,
+            )
+            for below, above, size, distance in zip(channels[:-1], channels[1:], sizes, distances, strict=True)
+        )
+
+    def forward(self, h: Tensor, weights: Tensor | None = None, *, cu_seqlens: Tensor | None = None) -> Tensor:
+        """Sequences in, the same out: (B, T, C), (B, C, T), or (N, C) end to end with `cu_seqlens`.
+
+        Args:
+            weights: counts of the rows in the statistics of every level, (B, T) or (N,); None means 1 each.
+        """
+        blocks = [cast(ConvBatchNormTanh, block) for block in self.blocks]
+        # kernels read a row of zeros at the bottom only
+        together = all(block.fused and not _hooked(block) and block.padding == "replicate" for block in blocks)
+        if not together:
+            for block in blocks:
+                h = block(h, weights=weights, cu_seqlens=cu_seqlens)
+            return h
+        rows, first, shape = _arranged(blocks[0], h, None, weights, None, cu_seqlens)
+        graph_rows = [first]
+        for block in blocks[1:]:
+            as_below = rows if h.ndim == 2 else rows.view(*shape, -1)
+            taps, consumers = functional.sequence_taps(
+                as_below, block.kernel_size, block.dilation, block.padding, cu_seqlens
+            )
+            graph_rows.append(Rows(taps, first.counts, None, consumers))
+        out = conv_stack(rows, [b.level() for b in blocks], graph_rows, blocks[0].backend, blocks[0].precision)
+        for block in blocks:
+            block.norm.count_batch()
+        return functional.restore(out, h, shape, blocks[0].layout)
 
 
 class ConvWave(nn.Module):
@@ -327,15 +485,17 @@ class ConvWave(nn.Module):
         precision: str = "auto",
     ) -> None:
         super().__init__()
-        factors = tuple(factors) if factors is not None else (2,) * levels
+        vocab_size, n_embd = _whole("vocab_size", vocab_size), _whole("n_embd", n_embd)
+        if factors is None:
+            factors = (2,) * _whole("levels", levels)
+        factors = tuple(operator.index(factor) for factor in factors)
         widths = _per_level("n_hidden", n_hidden, len(factors))
         epsilons = _per_level("eps", eps, len(factors))
         momenta = _per_level("momentum", momentum, len(factors))
         kinds = _per_level("unbiased", unbiased, len(factors))
-        sizes = {"vocab_size": vocab_size, "n_embd": n_embd, "levels": len(factors), "n_hidden": min(widths, default=1)}
-        for name, value in sizes.items():
-            if value < 1:
-                raise ValueError(f"{name}: expected at least 1, got {value}")
+        widths = [_whole("n_hidden", width) for width in widths]
+        if not factors:
+            raise ValueError("factors: expected at least one level, got none")
         if any(f < 2 for f in factors):
             raise ValueError(f"factors: expected numbers >= 2, got {factors}")
         if statistics not in ("windows", "positions"):
@@ -452,7 +612,8 @@ class ConvWave(nn.Module):
 
 
 def _per_level(name: str, value: _T | Sequence[_T], levels: int) -> list[_T]:
-    values = list(value) if isinstance(value, Sequence) else [value] * levels
+    many = isinstance(value, Sequence) or getattr(value, "ndim", 0) > 0  # an array of numpy's is no Sequence
+    values = list(cast(Sequence[_T], value)) if many else [cast(_T, value)] * levels
     if len(values) != levels:
         raise ValueError(f"{name}: expected one number or {levels}, one per level, got {len(values)}")
     return values

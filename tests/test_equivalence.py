@@ -235,7 +235,7 @@ def test_networks_that_cannot_be_converted_are_refused() -> None:
     with pytest.raises(cw.ConversionError, match="flatten, Linear, BatchNorm1d, Tanh per level, got"):
         cw.from_windowed(mlp)
     mlp.layers = mlp.layers[1:]
-    with pytest.raises(cw.ConversionError, match="an Embedding first"):
+    with pytest.raises(cw.ConversionError, match="an embedding first"):
         cw.from_windowed(mlp)
 
 

@@ -25,6 +25,7 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import GetAttrKey, register_pytree_node
 
 from convwave.data.packing import Packed
 
@@ -175,6 +176,35 @@ class Graph:
             return value
 
         return replace(self, **{f.name: move(getattr(self, f.name)) for f in fields(self)})
+
+
+def _flatten(graph: Graph) -> tuple[list[Any], tuple[Any, ...]]:
+    tensors = (graph.tokens, graph.taps, graph.weights, graph.target_ids, graph.target_counts)
+    return [*tensors, graph.target_rows, graph.inverse], (graph.kind, graph.factors, graph.totals)
+
+
+def _unflatten(children: Any, context: tuple[Any, ...]) -> Graph:
+    tokens, taps, weights, target_ids, target_counts, target_rows, inverse = children
+    kind, factors, totals = context
+    return Graph(kind, factors, tokens, taps, weights, totals, target_ids, target_counts, target_rows, inverse)
+
+
+def _flatten_with_keys(graph: Graph) -> tuple[list[Any], tuple[Any, ...]]:
+    children, context = _flatten(graph)
+    names = ("tokens", "taps", "weights", "target_ids", "target_counts", "target_rows", "inverse")
+    return [(GetAttrKey(name), child) for name, child in zip(names, children, strict=True)], context
+
+
+# so that torch.export takes a graph for what it is: tensors, and numbers that are fixed
+register_pytree_node(
+    Graph,
+    _flatten,
+    _unflatten,
+    serialized_type_name="convwave.data.graph.Graph",
+    flatten_with_keys_fn=_flatten_with_keys,
+    to_dumpable_context=list,
+    from_dumpable_context=lambda given: (given[0], tuple(given[1]), tuple(given[2])),
+)
 
 
 def dense_graph(

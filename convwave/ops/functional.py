@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from convwave.data.graph import Graph, Padding, Rows, dilated_consumers, dilated_taps
+from convwave.data.graph import Consumers, Graph, Padding, Rows, dilated_consumers, dilated_taps
 from convwave.ops import library
 from convwave.ops.level import Level
 
@@ -105,16 +105,15 @@ def arrange(
     Returns:
         (N', C) rows; what each output row reads and how often it counts; (N,) or (B, T), the shape that counts have.
     """
-    rows, shape, consumers = x, (x.shape[0],), None
+    rows, consumers = x, None
+    shape: tuple[int, ...] = (x.shape[0],)
     if x.ndim == 3:
         rows = x.transpose(1, 2) if layout == "BCT" else x
         shape = (rows.shape[0], rows.shape[1])
         rows = rows.reshape(-1, rows.shape[2])
     if taps is None:
-        first, end = _spans(shape, cu_seqlens, x.device)
-        taps = dilated_taps(first, kernel_size, dilation, padding)
-        if library.runs_kernels(x) and torch.is_grad_enabled():
-            consumers = dilated_consumers(first, end, kernel_size, dilation, padding)
+        as_rows = rows if x.ndim == 2 else rows.view(*shape, rows.shape[1])
+        taps, consumers = sequence_taps(as_rows, kernel_size, dilation, padding, cu_seqlens)
     else:
         shape = (taps.shape[1],)
         _check_taps(taps, x)
@@ -127,6 +126,21 @@ def arrange(
         counts = counts.reshape(-1)
         rows = without_uncounted(rows, taps, counts)
     return rows, Rows(taps, counts, total, consumers), shape
+
+
+def sequence_taps(
+    x: Tensor, kernel_size: int, dilation: int, padding: Padding, cu_seqlens: Tensor | None = None
+) -> tuple[Tensor, Consumers | None]:
+    """(k, N) the rows that each row of some sequences reads, and who reads each row where kernels will ask for it.
+
+    Args:
+        x: (B, T, C), or (N, C) rows of one sequence or of those that `cu_seqlens` marks.
+    """
+    first, end = _spans(tuple(x.shape[:-1]), cu_seqlens, x.device)
+    consumers = None
+    if library.runs_kernels(x) and torch.is_grad_enabled():
+        consumers = dilated_consumers(first, end, kernel_size, dilation, padding)
+    return dilated_taps(first, kernel_size, dilation, padding), consumers
 
 
 def restore(h: Tensor, x: Tensor, shape: tuple[int, ...], layout: Layout) -> Tensor:
