@@ -195,6 +195,7 @@ def _flatten_with_keys(graph: Graph) -> tuple[list[Any], tuple[Any, ...]]:
     return [(GetAttrKey(name), child) for name, child in zip(names, children, strict=True)], context
 
 
+torch.serialization.add_safe_globals([Graph])  # an exported program keeps its example inputs
 # so that torch.export takes a graph for what it is: tensors, and numbers that are fixed
 register_pytree_node(
     Graph,
