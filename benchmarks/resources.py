@@ -136,7 +136,7 @@ def compile_launch(launch: Recorded, target: GPUTarget) -> Any:
 
 
 def resources(compiled: Any, target: Target) -> dict[str, int]:
-    """What a compiled kernel needs: registers and spilled bytes a thread, shared bytes, instructions for matrix units."""
+    """Registers and spilled bytes of a thread, shared bytes of a program, instructions for matrix units."""
     if "cubin" not in compiled.asm:
         text = usage = compiled.asm["amdgcn"]
         patterns = (r"\.vgpr_count:\s+(\d+)", r"\.private_segment_fixed_size:\s+(\d+)")
@@ -172,19 +172,17 @@ def plan(
                         yield _row(target, launch, precision), launch
 
 
-_VARIANTS = {
-    "prologue": "below_ptr",
-    "statistics": "partial_ptr",
-    "activate": "ACTIVATION",
-    "order": "order_ptr",
-    "blocks": "blocks_ptr",
-    "fused": "dw_ptr",
+_VARIANTS = {  # of each kernel, told by the arguments that are not None
+    "conv_forward": {"prologue": "below_ptr", "statistics": "partial_ptr", "activate": "ACTIVATION"},
+    "conv_backward": {"prologue": "below_ptr", "order": "order_ptr", "blocks": "blocks_ptr", "fused": "dw_ptr"},
+    "conv_weight": {"prologue": "below_ptr"},
+    "block_sums": {"order": "order_ptr"},
 }
 
 
 def _row(target: str, launch: Recorded, precision: str) -> dict[str, Any]:
     a, name = launch.arguments, launch.kernel.fn.__name__.removesuffix("_kernel")
-    variants = [] if name in ("conv_weight",) else [v for v, p in _VARIANTS.items() if a.get(p) is not None]
+    variants = [variant for variant, argument in _VARIANTS.get(name, {}).items() if a[argument] is not None]
     return {
         "target": target,
         "kernel": name,

@@ -12,7 +12,7 @@ import torch
 import convwave as cw
 from benchmarks import speedrun
 from benchmarks.speedrun import TRACKS, p_value, timed_training
-from convwave.train.loop import Config, train
+from convwave.train import Config, train
 
 
 @pytest.mark.parametrize(
