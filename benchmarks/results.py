@@ -209,11 +209,7 @@ def headlines(documents: Documents) -> list[tuple[str, str, str]]:
         ),
         (stack, found.speedup("width", "convwave", "train, float32", 128), "width"),
         ("the same over them compiled", found.over_compiled(), "width"),
-        (
-            "a level of width 128, evaluation, float32: fraction of the hardware's limit",
-            found.fraction(),
-            "roofline",
-        ),
+        ("a level of width 128, evaluation, float32: fraction of the hardware's limit", found.fraction(), "roofline"),
         ("the winning graph, predicted beforehand", found.predictions(), "breakeven"),
     ]
 
