@@ -100,7 +100,7 @@ def stack_launches(C: int, H: int, precision: str, target: str) -> list[Recorded
         return torch.empty(shape, dtype=dtype, device="meta")
 
     x, dh = empty(ROWS, C, dtype=dtype), empty(ROWS, H, dtype=dtype)
-    levels = [Level(empty(H, c, 2), *(empty(H) for _ in range(4)), training=True) for c in (C, H)]
+    levels = [Level(empty(H, c, 2), empty(H), empty(H), empty(H), empty(H), training=True) for c in (C, H)]
     fixed = [level._replace(training=False) for level in levels]
     rows = Rows(empty(2, ROWS, dtype=torch.int64), empty(ROWS, dtype=torch.float64))
     ranges = empty(2, 2, ROWS, dtype=torch.int64)
