@@ -18,7 +18,7 @@ class CheckpointError(ValueError):
 
 def write_atomic(path: str | os.PathLike[str], content: bytes) -> None:
     """Replace a file by `content` in one step: after a crash it holds the old content or the new, never a mixture."""
-    path = Path(path).resolve()  # a link goes on pointing where it did
+    path = Path(path).resolve()  # a link keeps pointing where it did
     if path.exists() and not path.is_file():
         raise OSError(errno.EINVAL, "exists and is not a regular file", str(path))
     path.parent.mkdir(parents=True, exist_ok=True)

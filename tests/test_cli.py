@@ -221,7 +221,7 @@ def test_data_says_when_it_is_the_bundled_list(capsys, monkeypatch, tmp_path: Pa
 
 
 def test_refusals(trained: Path, few: Path, tmp_path: Path, capsys) -> None:
-    bad = tmp_path / "bad.txt"
+    bad, none = tmp_path / "bad.txt", str(tmp_path / "no.toml")
     bad.write_bytes(b"anna\nb.b\n")
     (tmp_path / "file").write_text("")
     use = ["--data", str(few)]
@@ -236,6 +236,11 @@ def test_refusals(trained: Path, few: Path, tmp_path: Path, capsys) -> None:
         (["train", "--model", "rnn", *use], "invalid choice: 'rnn'"),
         (["train", "--model", "mlp3", "--recipe", "fast", *use], "mlp3 is trained by SGD on windows only"),
         (["train", "--tier", "warp", *use], "invalid choice: 'warp'"),
+        (["train", "--recipe", "slow", *use], "recipe: expected one of blog, fast"),
+        (["train", "--recipe", none, *use], f"--recipe: {none}: No such file"),
+        (["train", "--set", "adam_lr=much", *use], "--set: adam_lr: expected a number, got 'much'"),
+        (["train", "--set", "colour=red", *use], "--set: colour: expected a field of a recipe"),
+        (["train", "--model", "mlp3", "--set", "n_embd=5", *use], "n_embd, n_hidden, levels: fixed for mlp3"),
         (["train", "--tier", "cpu", "--recipe", "blog", *use], "tier: expected one of reference"),
         (["train", "--out", str(trained), "--resume", "--tier", "reference", *use], "--tier:"),
         (["train", "--save-every", "-1", *use], "--save-every"),
@@ -267,6 +272,67 @@ def test_resume_takes_the_options_of_the_run(trained: Path, few: Path, capsys) -
     assert cli.main(["train", "--out", str(trained), "--resume", "--data", str(few), "--json"]) == 0
     result = last_json(capsys.readouterr().out)
     assert (result["steps"], result["batch"]) == (30, 64)
+
+
+def test_a_recipe_is_varied_and_resumed(few: Path, tmp_path: Path, capsys) -> None:
+    recipe = tmp_path / "mine.toml"
+    recipe.write_text('base = "fast"\nbatch = 64\nsteps = 5\n')
+    out, use = str(tmp_path / "r"), ["--data", str(few), "--json"]
+    arguments = ["train", "--recipe", str(recipe), "--set", "adam_lr=0.02", "--set", "warmup=0.2", "--out", out]
+    assert cli.main([*arguments, *use]) == 0
+    result = last_json(capsys.readouterr().out)
+    assert (result["recipe"], result["steps"], result["batch"]) == ("mine+adam_lr=0.02+warmup=0.2", 5, 64)
+    assert (result["recipe_fields"]["adam_lr"], result["recipe_fields"]["warmup"]) == (0.02, 0.2)
+    for again in (arguments, ["train", "--out", out], ["train", "--out", out, "--set", "adam_lr=0.02"]):
+        assert cli.main([*again, "--resume", *use]) == 0
+        assert last_json(capsys.readouterr().out)["val_loss"] == result["val_loss"]
+    for changed, text in [
+        (["--set", "adam_lr=0.03"], "--set adam_lr: "),
+        (["--recipe", "fast"], "--recipe: "),
+        (["--recipe", str(recipe)], "--recipe: "),
+    ]:
+        assert text in refused(["train", "--out", out, "--resume", *changed, *use], capsys)
+    recipe.write_text('base = "fast"\nbatch = 64\nsteps = 5\nlr = 0.2\n')
+    assert "lr: " in refused([*arguments, "--resume", *use], capsys)
+
+
+def test_the_old_form_of_a_state_is_refused(few: Path, trained: Path, tmp_path: Path, capsys) -> None:
+    old = tmp_path / "old"
+    old.mkdir()
+    state = (trained / "state.safetensors").read_bytes()
+    (old / "state.safetensors").write_bytes(state.replace(b"convwave.state.2", b"convwave.state.1"))
+    line = refused(["train", "--out", str(old), "--resume", "--data", str(few)], capsys)
+    assert "expected a file of format 'convwave.state.2', got 'convwave.state.1'" in line
+
+
+@pytest.mark.parametrize("arguments", [["--version"], ["--help"], ["train", "--help"], ["train", "--tier", "warp"], []])
+def test_what_needs_no_torch_imports_none(arguments: list[str]) -> None:
+    """Some 0.1 s instead of 3: importing torch, rich and numpy takes the rest."""
+    code = (
+        "import sys\n"
+        "from convwave import cli\n"
+        "try: cli.main(sys.argv[1:])\n"
+        "except SystemExit: pass\n"
+        "print([n for n in ('torch', 'rich', 'numpy', 'matplotlib', 'safetensors') if n in sys.modules])\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True)
+    assert done.stdout.splitlines()[-1] == "[]", done.stderr
+
+
+def test_bench_is_a_child_process_of_the_checkout(tmp_path: Path, capfd, monkeypatch) -> None:
+    """What the checkout's benchmarks get and give back, whatever lies where the user stands."""
+    package = tmp_path / "checkout/convwave/cli/main.py"
+    benchmarks = tmp_path / "checkout/benchmarks"
+    benchmarks.mkdir(parents=True)
+    (tmp_path / "checkout/setup.py").write_text("")
+    (tmp_path / "benchmarks.py").write_text("raise SystemExit(9)")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys.modules["convwave.cli.main"], "__file__", str(package))
+    assert cli.main(["bench", "--list"]) == 2
+    assert capfd.readouterr().err.startswith("convwave: bench: needs a checkout of convwave")
+    (benchmarks / "__main__.py").write_text("import os, sys\nprint(sys.argv[1:], os.getcwd())\nsys.exit(3)\n")
+    assert cli.main(["bench", "steps", "--json", "--data", "x.txt", "--help"]) == 3
+    assert capfd.readouterr().out.strip() == f"['steps', '--json', '--data', 'x.txt', '--help'] {tmp_path}"
 
 
 def test_ctrl_c_saves_and_exits_in_good_order(few: Path, tmp_path: Path) -> None:

@@ -118,6 +118,20 @@ def test_the_posts_split(names_txt: cw.Words) -> None:
     assert [len(cw.pack(split, vocab)) for split in splits] == [182_625, 22_655, 22_866]
 
 
+def test_a_corpus_makes_each_thing_once(words: cw.Words) -> None:
+    corpus = cw.Corpus(words)
+    assert (corpus.words, corpus.source, corpus.sha256) == (words.words, words.source, words.sha256)
+    assert corpus.is_names_txt == words.is_names_txt
+    assert corpus.splits == cw.split_words(words.words)
+    assert corpus.vocabulary == cw.Vocabulary.from_words(words.words)
+    for name, split in corpus.splits._asdict().items():
+        packed = getattr(corpus, name)
+        assert packed is getattr(corpus, name)
+        assert torch.equal(packed.tokens, cw.pack(split, corpus.vocabulary).tokens)
+    with pytest.raises(cw.DataError, match="1 word is too few"):
+        cw.Corpus(words._replace(words=["a"])).train.tokens  # noqa: B018
+
+
 def test_split_of_few_words() -> None:
     assert [len(s) for s in cw.split_words(["a", "b"])] == [1, 0, 1]
     with pytest.raises(cw.DataError, match="1 word is too few"):

@@ -88,6 +88,31 @@ def test_a_step_asks_the_host_nothing(packed: cw.Packed, vocab: cw.Vocabulary) -
         run._step()
 
 
+def test_the_loop_does_not_wait_for_every_step(words: cw.Words, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With progress and savings too; on the way the losses are those of single steps."""
+    few = words._replace(words=words.words[:300])
+    asked: list[int] = []
+    steps = GraphedRun.steps
+
+    def noted(self: GraphedRun, first: int, stop: int) -> list[float]:
+        asked.append(stop - first)
+        return steps(self, first, stop)
+
+    monkeypatch.setattr(GraphedRun, "steps", noted)
+    monkeypatch.setattr(training, "_SECONDS", 1e9)
+    seen: list[int] = []
+
+    class Watch(training.Reporter):
+        def step(self, done: int, loss: float, positions: int) -> None:
+            seen.append(done)
+
+    result = training.train(config(), few, reporter=Watch())
+    assert asked == [1, 2, 4, 5]
+    assert seen == list(range(1, 13))
+    run = GraphedRun(config(), cw.Corpus(few).train, cw.Corpus(few).vocabulary)
+    assert result.losses == [run.step(i) for i in range(12)]
+
+
 def test_who_takes_it() -> None:
     assert available_tiers("convwave", "full", "cuda") == ["cuda-graph", "reference"]
     assert available_tiers("convwave", "full", "cpu") == ["cpu", "reference"]

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 import convwave
+from convwave.train.tiers import TIERS
 
 ROOT = Path(__file__).resolve().parent.parent
 SOURCES = [path for folder in ("convwave", "kernels", "benchmarks", "tests") for path in (ROOT / folder).rglob("*.py")]
@@ -130,6 +131,22 @@ def test_there_is_no_circle() -> None:
 def test_nothing_of_the_library_imports_benchmarks_or_tests() -> None:
     for module, path in library().items():
         assert not {name.split(".")[0] for name in imports(path)} & {"benchmarks", "tests"}, module
+
+
+def test_tiers_import_none_of_each_other() -> None:
+    tiers = {tier.begin.partition(":")[0] for tier in TIERS.values()}
+    assert len(tiers) == len(TIERS)
+    for tier in tiers:
+        assert not imports(library()[tier]) & (tiers - {tier}), tier
+
+
+def test_no_public_function_takes_more_than_eleven_arguments() -> None:
+    for module in ("train", "runs", "cli", "data"):
+        for path in (ROOT / "convwave" / module).glob("*.py"):
+            for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+                if isinstance(node, ast.FunctionDef):
+                    count = len(node.args.posonlyargs + node.args.args + node.args.kwonlyargs)
+                    assert count <= 11, (path, node.name)
 
 
 def test_public_names_exist_and_are_documented() -> None:

@@ -25,7 +25,9 @@ from convwave.train.autograd import ConvolutionRun
 from convwave.train.closed_form import ClosedFormRun
 from convwave.train.config import Config, Diverged, Interrupted, UsageError
 from convwave.train.loop import Reporter, train
-from convwave.train.recipes import BLOG, FAST, RECIPES, RECORD
+from convwave.train.recipes import BLOG, FAST, RECIPES, RECORD, parse_field, read_recipe, vary
+from convwave.train.setup import recompute_statistics
+from convwave.train.tiers import available_tiers
 from tests.helpers import relative_error
 
 
@@ -204,16 +206,16 @@ def test_divergence_stops_with_a_clear_error_and_keeps_the_last_good_state(
 @pytest.mark.parametrize("during", ["finish", "state"])
 def test_ctrl_c_at_the_very_end_is_not_lost(during: str, few: cw.Words, tmp_path: Path, monkeypatch) -> None:
     config = Config.make(steps=4, batch=64)
-    original = getattr(ConvolutionRun, during)
+    original = getattr(ClosedFormRun, during)
     calls = []
 
-    def interrupted(self: ConvolutionRun):
+    def interrupted(self: ClosedFormRun):
         calls.append(1)
         if during == "finish" or len(calls) == 2:  # the state is taken at the start and at the end
             signal.raise_signal(signal.SIGINT)
         return original(self)
 
-    monkeypatch.setattr(ConvolutionRun, during, interrupted)
+    monkeypatch.setattr(ClosedFormRun, during, interrupted)
     with pytest.raises(Interrupted, match="after the last step"):
         train(config, few, tmp_path)
     monkeypatch.undo()
@@ -224,9 +226,10 @@ def test_ctrl_c_at_the_very_end_is_not_lost(during: str, few: cw.Words, tmp_path
 def test_two_processes_cannot_train_in_one_directory(few: cw.Words, tmp_path: Path) -> None:
     pytest.importorskip("fcntl", reason="needs Unix file locks")
     config = Config.make(steps=3, batch=64)
-    with Folder(tmp_path).locked() as ours, pytest.raises(UsageError, match="another process is training"):
+    with Folder(tmp_path).locked() as ours:
         assert ours
-        train(config, few, tmp_path)
+        with pytest.raises(UsageError, match="another process is training"):
+            train(config, few, tmp_path)
     train(config, few, tmp_path)
 
 
@@ -263,7 +266,7 @@ def test_nothing_is_overwritten_or_mixed(few: cw.Words, tmp_path: Path) -> None:
     train(config, few, tmp_path)
     with pytest.raises(UsageError, match="holds a run already"):
         train(config, few, tmp_path)
-    with pytest.raises(CheckpointError, match="was made with seed 0, cannot go on with 5"):
+    with pytest.raises(CheckpointError, match="was made with seed 0, cannot continue with 5"):
         train(replace(config, seed=5), few, tmp_path, resume=True)
     with pytest.raises(CheckpointError, match="other data"):
         train(config, few._replace(sha256="0"), tmp_path, resume=True)
@@ -332,6 +335,131 @@ def test_configurations_are_checked() -> None:
     ]:
         with pytest.raises(UsageError, match=reason):
             Config.make(**arguments)
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("adam_lr", "expected FIELD=VALUE, got 'adam_lr'"),
+        ("colour=red", r"colour: expected a field of a recipe \(name, optimizer, "),
+        ("adam_lr=much", "adam_lr: expected a number, got 'much'"),
+        ("steps=1e3", "steps: expected a whole number, got '1e3'"),
+        ("steps=0", "steps: expected at least 1 and finite, got 0"),
+        ("lr=nan", "lr: expected at least 0 and finite, got nan"),
+        ("lr=inf", "lr: expected at least 0 and finite, got inf"),
+        ("momentum=1", "momentum: expected at least 0 and below 1, got 1.0"),
+        ("optimizer=adam", "optimizer: expected one of sgd, muon, got 'adam'"),
+        ("name=a/b", "name: expected text without slashes, got 'a/b'"),
+    ],
+)
+def test_fields_of_a_recipe_are_checked(text: str, reason: str) -> None:
+    with pytest.raises(ValueError, match=reason):
+        parse_field(text)
+
+
+def test_a_recipe_varies() -> None:
+    assert vary(FAST, {}) is FAST
+    varied = vary(FAST, dict(map(parse_field, ["adam_lr=0.02", "steps = 7", "batch_of=text"])))
+    assert varied.name == "fast+adam_lr=0.02+steps=7+batch_of=text"
+    assert varied == replace(FAST, name=varied.name, adam_lr=0.02, steps=7, batch_of="text")
+    assert vary(FAST, {"name": "mine", "lr": 1}).name == "mine"
+    for values, reason in [
+        ({"token_noise": 0.1, "batch_of": "text"}, "token_noise: expected 0 unless batch_of is 'names', got 0.1"),
+        ({"growth": 2.0}, "growth, context_power: expected 1 and 0 unless batch_of is 'contexts', got 2.0 and 0.0"),
+        ({"lr": True}, "lr: expected a number, got True"),
+        ({"name": 5}, "name: expected text, got 5"),
+        ({"colour": 5}, "colour: expected a field"),
+    ]:
+        with pytest.raises(ValueError, match=reason):
+            vary(FAST, values)
+
+
+def test_a_recipe_in_a_file(tmp_path: Path) -> None:
+    path = tmp_path / "mine.toml"
+    path.write_text('base = "fast"\nadam_lr = 0.02\nlr = 1\n')
+    assert read_recipe(path) == replace(FAST, name="mine", adam_lr=0.02, lr=1.0)
+    path.write_text('name = "new"\noptimizer = "sgd"\nbatch_of = "names"\nsteps = 3\nbatch = 9\nlr = 0.1\n')
+    assert (read_recipe(path).name, read_recipe(path).batch_of) == ("new", "names")
+    for content, reason in [
+        ("adam_lr = 0.02", "mine.toml: optimizer: expected a value, or a base that has one, got none"),
+        ('base = "slow"', "mine.toml: recipe: expected one of blog, fast"),
+        ('base = "fast"\nsteps = 2.5', "mine.toml: steps: expected a whole number, got 2.5"),
+        ("colour = 1", "mine.toml: colour: expected a field of a recipe"),
+        ("= 1", "mine.toml: Invalid"),
+    ]:
+        path.write_text(content)
+        with pytest.raises(ValueError, match=reason) as caught:
+            read_recipe(path)
+        assert "\n" not in str(caught.value)
+    with pytest.raises(ValueError, match=r"none\.toml: No such file"):
+        read_recipe(tmp_path / "none.toml")
+
+
+def test_a_run_of_a_recipe_that_is_not_built_in_is_resumed(few: cw.Words, tmp_path: Path) -> None:
+    recipe = vary(FAST, {"name": "mine", "adam_lr": 0.02, "batch": 64, "steps": 8})
+    config = Config.make(recipe=recipe)
+    whole = train(config, few)
+    assert whole.losses != train(Config.make(steps=8, batch=64), few).losses
+    assert (whole.summary()["recipe"], whole.summary()["recipe_fields"]["adam_lr"]) == ("mine", 0.02)
+    with pytest.raises(Interrupted):
+        train(config, few, tmp_path, reporter=StopAfter(3))
+    assert training.read_config(tmp_path) == config
+    assert train(training.read_config(tmp_path), few, tmp_path, resume=True).losses == whole.losses
+    for other, reason in [
+        (FAST, "was made with recipe mine, cannot continue with fast"),
+        (replace(recipe, lr=0.2), "was made with the recipe's lr 0.1, cannot continue with 0.2"),
+    ]:
+        with pytest.raises(CheckpointError, match=reason):
+            train(replace(config, recipe=other), few, tmp_path, resume=True)
+
+
+def test_a_recipe_trains_on_whatever_it_reads(few: cw.Words) -> None:
+    """Every optimiser with every kind of batch, on every tier: equal losses up to rounding."""
+    for optimizer in ("sgd", "muon"):
+        for kind in ("windows", "names", "contexts", "text"):
+            recipe = replace(FAST, name="mine", optimizer=optimizer, batch_of=kind, steps=3, batch=64)
+            tiers = available_tiers(recipe=recipe)
+            runs = [train(Config.make(recipe=recipe, tier=tier), few).losses for tier in tiers]
+            assert len(runs) == 1 + (optimizer == "muon")
+            assert runs[0] == pytest.approx(runs[-1], abs=2e-4)
+
+
+class Blocks:
+    """A run that notes the blocks it is asked for, each of whose steps takes a hundredth of a second."""
+
+    block = 50
+
+    def __init__(self, clock: list[float]) -> None:
+        self.clock, self.asked = clock, []
+
+    def steps(self, first: int, stop: int) -> list[float]:
+        self.asked.append(stop - first)
+        self.clock[0] += 0.01 * (stop - first)
+        return [float("nan") if i == 399 else 1.0 for i in range(first, stop)]
+
+
+def test_blocks_are_long_where_nobody_watches_and_short_where_somebody_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = [0.0]
+    monkeypatch.setattr(time, "perf_counter", lambda: clock[0])
+    run = Blocks(clock)
+    assert [loss for losses in training.blocks(run, 5, 125) for loss in losses] == [1.0] * 120
+    assert run.asked == [50, 50, 20]
+    run = Blocks(clock)
+    assert sum(len(losses) for losses in training.blocks(run, 0, 40, seconds=0.1)) == 40
+    assert run.asked == [1, 2, 4, 8, 8, 8, 8, 1]
+    with pytest.raises(Diverged, match="the loss is nan at step 400"):
+        list(training.blocks(Blocks(clock), 390, 500))
+
+
+def test_recomputing_statistics_keeps_every_module_s_own_mode(few: cw.Words) -> None:
+    corpus = cw.Corpus(few)
+    model = cw.ConvWave(len(corpus.vocabulary), momentum=[0.3, 0.2, 0.1]).train()
+    model.layers[1].norm.eval()
+    modes = [module.training for module in model.modules()]
+    recompute_statistics(model, cw.distinct_graph(corpus.train))
+    assert [module.training for module in model.modules()] == modes
+    assert [block.norm.momentum for block in model.layers] == [0.3, 0.2, 0.1]
+    assert all(bool(block.norm.running_mean.any()) for block in model.layers)
 
 
 def test_fast_learns(names_txt: cw.Words) -> None:

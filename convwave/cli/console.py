@@ -25,7 +25,7 @@ from convwave.train.loop import Reporter
 
 class _Stderr(Console):
     def on_broken_pipe(self) -> None:
-        """The reader has gone: be quiet from now on, and let the work go on."""
+        """The reader has gone: be quiet from now on, and let the work continue."""
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stderr.fileno())
 
 

@@ -87,7 +87,7 @@ def _begun(out: Path, given: dict[str, Any], changes: Mapping[str, Any]) -> Conf
     asked |= {"--" + name.replace("_", "-"): (getattr(config, name), value) for name, value in given.items()}
     for option, (before, now) in asked.items():
         if before != now and (option, now) != ("--tier", "auto"):
-            raise UsageError(f"{option}: {out} was begun with {before}, cannot go on with {now}")
+            raise UsageError(f"{option}: {out} was begun with {before}, cannot continue with {now}")
     return config
 
 

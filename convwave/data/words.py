@@ -37,7 +37,7 @@ class Words(NamedTuple):
 
     @property
     def is_names_txt(self) -> bool:
-        """Whether this is the very file of the post, so that its losses may stand beside the post's."""
+        """Whether this is the very file of the post, so that its losses can be compared with the post's."""
         return self.sha256 == NAMES_SHA256
 
 

@@ -1,4 +1,4 @@
-"""Pictures: the loss curve of a run, and the post's networks beside ours. matplotlib is imported when one is drawn."""
+"""Pictures: the loss curve of a run, and the post's networks next to ours. matplotlib is imported when one is drawn."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def loss_plot(curve: Sequence[Block], path: Path, title: str, val: float | None 
 
 
 def reproduction_plot(rows: Sequence[dict[str, object]], path: Path) -> None:
-    """Draw published beside obtained validation losses, and the seconds that each training took, to a PNG."""
+    """Draw published and obtained validation losses side by side, and the seconds that each training took, to a PNG."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(9, 3.6), layout="constrained")

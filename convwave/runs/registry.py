@@ -21,7 +21,7 @@ def newest_model(runs: Path) -> Path | None:
 
 
 def provenance(command: str | None = None) -> dict[str, Any]:
-    """What to write beside a measurement, as plain JSON values."""
+    """What to store with a measurement, as plain JSON values."""
     return {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "command": command or " ".join(["python", *sys.argv]),

@@ -224,7 +224,7 @@ class MuonAdam:
         net.flat.addcdiv_(self.exp_avg, denominator, value=-adam_lr / (1 - beta1**self.steps))
 
     def state(self) -> dict[str, Tensor]:
-        """Everything that the next step depends on besides the parameters."""
+        """Everything that the next step depends on, except the parameters."""
         momenta = {f"momentum.{level}": momentum for level, momentum in enumerate(self.momenta)}
         adam = {"exp_avg": self.exp_avg, "exp_avg_sq": self.exp_avg_sq}
         return {"steps": torch.tensor(self.steps), **adam, **momenta}

@@ -73,7 +73,7 @@ class Config:
             chosen = named(recipe or ("fast" if model == "convwave" else "blog"))
             if model in PUBLISHED and (chosen.optimizer, chosen.batch_of) != ("sgd", "windows"):
                 raise UsageError(
-                    f"recipe: {model} is trained by sgd on windows only, as 'blog' does, got {chosen.name!r}"
+                    f"recipe: {model} is trained by SGD on windows only, as in 'blog', got {chosen.name!r}"
                 )
             tier = choose_tier(tier or "auto", model, chosen, device)
         except ValueError as error:

@@ -11,7 +11,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -229,11 +229,12 @@ class _Training:
 
     def _load(self, folder: Folder) -> None:
         state = folder.load()
-        saved = _config_of(folder, state)
-        for field in fields(Config):
-            before, now = getattr(saved, field.name), getattr(self.config, field.name)
-            if before != now:
-                raise CheckpointError(f"{folder.state}: was made with {field.name} {before}, cannot go on with {now}")
+        saved, ours = _config_of(folder, state).summary(), self.config.summary()
+        for values in (saved, ours):  # the recipe's name, then its fields
+            values |= {f"the recipe's {name}": value for name, value in values.pop("recipe_fields").items()}
+        for name, now in ours.items():
+            if saved[name] != now:
+                raise CheckpointError(f"{folder.state}: was made with {name} {saved[name]}, cannot continue with {now}")
         if state.data_sha256 != self.corpus.sha256:
             raise CheckpointError(f"{folder.state}: was trained on other data than {self.corpus.source}")
         self.losses, self.seconds = state.losses, state.seconds

@@ -66,9 +66,8 @@ class Recipe:
         if self.token_noise and self.batch_of != "names":
             raise ValueError(f"token_noise: expected 0 unless batch_of is 'names', got {self.token_noise}")
         if (self.growth, self.context_power) != (1, 0) and self.batch_of != "contexts":
-            raise ValueError(
-                f"growth, context_power: expected 1 and 0 unless batch_of is 'contexts', not {self.batch_of}"
-            )
+            got = f"{self.growth} and {self.context_power}"
+            raise ValueError(f"growth, context_power: expected 1 and 0 unless batch_of is 'contexts', got {got}")
 
     def rate(self, step: int, steps: int) -> float:
         """What the learning rates are multiplied by at `step` of `steps`.
@@ -107,6 +106,8 @@ def _checked(name: str, value: Any) -> Any:
         raise ValueError(f"{name}: expected one of {', '.join(_CHOICES[name])}, got {value!r}")
     if not isinstance(value, str):
         raise ValueError(f"{name}: expected text, got {value!r}")
+    if not value or set(value) & {"/", "\\"}:  # it becomes part of a folder's name
+        raise ValueError(f"{name}: expected text without slashes, got {value!r}")
     return value
 
 
