@@ -189,12 +189,7 @@ SPEEDUPS = {  # provider, mode, x of a speed-up, by question
     "the same over distinct contexts": ("names", "distinct", "train", 512),
     "evaluation, 512 names: distinct contexts over the windowed MLP": ("names", "distinct", "eval", 512),
     "generation, 1,024 sequences at once: cached over the windowed MLP": ("sample", "cached", "eval", 1024),
-    "training a stack of width 128, float32: convwave over two shifted matmuls": (
-        "width",
-        "convwave",
-        "train, float32",
-        128,
-    ),  # fmt: skip
+    STACK: ("width", "convwave", "train, float32", 128),
 }
 
 
