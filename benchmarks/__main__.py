@@ -7,6 +7,7 @@ import json
 import sys
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import NoReturn
 
@@ -24,7 +25,7 @@ from convwave.files import write_atomic
 from convwave.runs.registry import device_name
 from convwave.train import UsageError, threads
 
-QUICK = {"rounds": 8, "seconds": 1.0, "sample_seconds": 0.001}
+QUICK = Settings(rounds=8, seconds=1.0, sample_seconds=0.001)
 
 
 def run_studies(
@@ -64,7 +65,9 @@ def run_studies(
     for i, name in enumerate(names):
         now = time.monotonic()
         deadline = None if ends is None else now + (ends - now) / (len(names) - i)
-        plan = Plan(words.words, device, quick, Settings(device, deadline=deadline, **(QUICK if quick else {})))
+        plan = Plan(
+            words.words, device, quick, replace(QUICK if quick else Settings(), device=device, deadline=deadline)
+        )
         document = new_document(name, plan, f"convwave bench {name} {options}", words)
         documents.append(document)
         console.print(f"{name}: {STUDIES[name].question}")

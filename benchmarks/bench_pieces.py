@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from functools import partial
+from operator import methodcaller
 from typing import Any
 
 import pytest
@@ -28,52 +30,52 @@ from benchmarks.tasks import Network, Stack
 
 DEVICE = os.environ.get("CONVWAVE_DEVICE", "cuda" if torch.cuda.is_available() else "cpu")
 PLAN = Plan(cw.load_words().words, DEVICE)
-Piece = Callable[[], tuple[Competitor, Results]]
+Pick = Callable[[Any], Competitor]
 
 
-def pieces() -> dict[str, Piece]:
+def stack(training: bool) -> Stack:
+    batch, length = (64, 1024) if PLAN.cuda else (16, 128)
+    return Stack(batch, length, 128, 3, torch.float32, training, DEVICE)
+
+
+def of_task(make: Callable[[bool], Any], pick: Pick, training: bool) -> tuple[Competitor, Results]:
+    task = make(training)
+    return pick(task), task.expected()
+
+
+def of_several(make: Callable[[], tuple[list[Competitor], Results]], i: int) -> tuple[Competitor, Results]:
+    competitors, expected = make()
+    return competitors[i], expected
+
+
+def pieces() -> dict[str, Callable[[], tuple[Competitor, Results]]]:
     """The network on 512 names, three levels of width 128, the kernels' rungs, reading 1,024 sequences."""
+    networks: dict[str, Pick] = {
+        "the post's classes": Network.reference,
+        "windowed graph": methodcaller("convolution", "windowed"),
+    }
+    stacks: dict[str, Pick] = {name: methodcaller("convwave", name, name) for name in ("eager", "triton")}
+    for compile, end in ((False, ""), (True, ", compiled")):
+        networks[f"windowed MLP{end}"] = methodcaller("windowed", compile=compile)
+        stacks |= {f"{name}{end}": methodcaller(name, compile=compile) for name in ("matmul", "conv1d")}
+        networks |= {f"{k}{end}": methodcaller("convolution", k, compile=compile) for k in ("dense", "distinct")}
+    networks |= {f"{k}, triton": methodcaller("convolution", k, backend="triton") for k in ("dense", "distinct")}
 
-    def network(training: bool, pick: Callable[[Network], Competitor]) -> Piece:
-        task = Network(PLAN.names(512), PLAN.network(), training, DEVICE)
-        return lambda: (pick(task), task.expected())
+    def network(training: bool) -> Network:
+        return Network(PLAN.names(512), PLAN.network(), training, DEVICE)
 
-    def stack(training: bool, levels: int = 3) -> Stack:
-        batch, length = (64, 1024) if PLAN.cuda else (16, 128)
-        return Stack(batch, length, 128, levels, torch.float32, training, DEVICE)
-
-    def layers(training: bool, pick: Callable[[Stack], Competitor]) -> Piece:
-        return lambda: (pick(task := stack(training)), task.expected())
-
-    def rung(name: str, i: int) -> Piece:
-        return lambda: (lambda found: (found[0][i], found[1]))(RUNGS[name](stack(True)))
-
-    def reader(i: int) -> Piece:
-        return lambda: (lambda found: (found[0][i], found[1]))(generation(PLAN, 1024))
-
-    found: dict[str, Piece] = {}
-    for mode, training in MODES.items():
-        named = {"reference": Network.reference}
-        for compile in (False, True):
-            end = ", compiled" * compile
-            named[f"windowed MLP{end}"] = lambda t, c=compile: t.windowed(compile=c)
-            for kind in ("dense", "distinct", *(("windowed",) * (not compile))):
-                named[f"{kind}{end}"] = lambda t, k=kind, c=compile: t.convolution(k, compile=c)
-        for kind in ("dense", "distinct"):
-            named[f"{kind}, triton"] = lambda t, k=kind: t.convolution(k, backend="triton")
-        found |= {f"network, {mode}, {name}": network(training, pick) for name, pick in named.items()}
-        stacks: dict[str, Callable[[Stack], Competitor]] = {
-            "eager": lambda t: t.convwave("eager"),
-            "triton": lambda t: t.convwave("triton", "triton"),
-        }
-        for compile in (False, True):
-            end = ", compiled" * compile
-            stacks[f"shifted matmuls{end}"] = lambda t, c=compile: t.matmul(compile=c)
-            stacks[f"Conv1d{end}"] = lambda t, c=compile: t.conv1d(compile=c)
-        found |= {f"stack, {mode}, {name}": layers(training, pick) for name, pick in stacks.items()}
+    found: dict[str, Callable[[], tuple[Competitor, Results]]] = {
+        f"{mode}, {name}": partial(of_task, make, pick, training)
+        for make, picks in ((network, networks), (stack, stacks))
+        for mode, training in MODES.items()
+        for name, pick in picks.items()
+    }
     for name, count in {"forward": 4, "eval": 3, "backward": 3}.items():
-        found |= {f"kernels, {name}, {i}": rung(name, i) for i in range(count)}
-    return found | {f"reading, {name}": reader(i) for i, name in enumerate(("windowed MLP", "no cache", "cached"))}
+        rungs = partial(lambda name: RUNGS[name](stack(True)), name)
+        found |= {f"kernels, {name}, {i}": partial(of_several, rungs, i) for i in range(count)}
+    readers = partial(generation, PLAN, 1024)
+    names = ("windowed MLP", "no cache", "cached")
+    return found | {f"reading, {name}": partial(of_several, readers, i) for i, name in enumerate(names)}
 
 
 PIECES = pieces()

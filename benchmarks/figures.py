@@ -33,7 +33,8 @@ from benchmarks.tasks import conv1d_stack, rectangle
 from convwave.cli.console import stderr
 from convwave.files import write_atomic
 from convwave.runs.registry import provenance
-from convwave.train import Config, Muon, begin, threads, train
+from convwave.train import Config, begin, threads, train
+from convwave.train.optim import Muon
 
 
 def quantiles(values: list[float]) -> dict[str, float]:

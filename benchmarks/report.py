@@ -18,7 +18,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from html import escape
 from pathlib import Path
-from string import Template
+from string import Formatter, Template
 from typing import Any
 
 from rich.console import Console
@@ -41,6 +41,7 @@ from convwave.files import write_atomic
 from convwave.train import UsageError
 
 README = RESULTS.parent.parent / "README.md"
+BLOCKS = Path(__file__).with_name("readme.md")
 Rows = Sequence[Mapping[str, Any]]
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -243,146 +244,58 @@ def _bars(axes: Any, picture: Picture, rows: Rows, colours: Mapping[str, str]) -
 # The README's figures
 
 
+class _Formatter(Formatter):
+    """Format specifications of the README's template besides Python's own, and ``{fast[losses][val]}`` of the files."""
+
+    def __init__(self) -> None:
+        self.made = {name: make() for name, make in MADE.items()}
+
+    def get_value(self, key: Any, args: Any, kwargs: Any) -> Any:
+        """A made value, or a results file."""
+        return self.made[key] if key in self.made else _read(key)
+
+    def format_field(self, value: Any, spec: str) -> str:
+        return SPECS[spec](value) if spec in SPECS else str(super().format_field(value, spec))
+
+
 def _read(name: str) -> dict[str, Any]:
-    return json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
+    found: dict[str, Any] = json.loads((RESULTS / FILES.get(name, f"{name}.json")).read_text(encoding="utf-8"))
+    if "track" in found:
+        splits = found["losses"].items()
+        found["losses"] = {split: {"mean": statistics.mean(v), "std": statistics.stdev(v)} for split, v in splits}
+    return found
 
 
 def _seconds(value: float) -> str:
     return f"{value * 1000:.1f} ms" if value < 1 else f"{value:.1f} s" if value < 100 else f"{value:.0f} s"
 
 
-def _timing(quantiles: dict[str, float]) -> str:
-    low, high = _seconds(quantiles["min"]), _seconds(quantiles["max"])
-    return f"{_seconds(quantiles['median'])} ({low} to {high}, {quantiles['runs']} runs)"
+FILES = {"reproduce": "reproduce/reproduce.json", "open": "speedrun-open.json", "profile": "speedrun-profile.json"}
+SPECS: dict[str, Callable[[Any], str]] = {
+    "seconds": _seconds,
+    "timing": lambda q: f"{_seconds(q['median'])} ({_seconds(q['min'])} to {_seconds(q['max'])}, {q['runs']} runs)",
+    "spread": lambda loss: f"{loss['mean']:.4f} ± {loss['std']:.4f}",
+    "device": lambda source: f"{source['device']}, torch {source['versions']['torch']}",
+    "count": lambda values: str(len(values)),
+    "percent": lambda share: f"{100 * share:.0f}",
+    "parts": lambda ms: ", ".join(f"{name} {100 * each / sum(ms.values()):.0f} %" for name, each in ms.items()),
+}
 
 
-def _spread(losses: dict[str, Any], split: str) -> str:
-    return f"{losses[split]['mean']:.4f} ± {losses[split]['std']:.4f}"
+def _mutants() -> str:
+    found = re.search(r"Caught by the tests: (\d+ of \d+)", (README.parent / "tests/MUTANTS.md").read_text("utf-8"))
+    assert found is not None
+    return found[1]
 
 
-def _table(columns: list[str], rows: list[list[str]]) -> str:
-    return "\n".join("| " + " | ".join(line) + " |" for line in [columns, ["---"] * len(columns), *rows])
+def _checks() -> dict[str, Any]:
+    checks = _read("certificate")["checks"]
+    errors = [check["max_abs_error"] for check in checks if check["name"].startswith("trajectory")]
+    return {"all": len(checks), "passed": sum(check["passed"] for check in checks), "trajectory": max(errors)}
 
 
-def _device(provenance: dict[str, Any]) -> str:
-    return f"{provenance['device']}, torch {provenance['versions']['torch']}"
-
-
-def _command(measurement: str) -> str:
-    return f"`python -m benchmarks.figures {measurement}`"
-
-
-def headline() -> str:
-    post = {row["model"]: row for row in _read("reproduce/reproduce")["rows"]}["hierarchical"]
-    sprint, fast, record = _read("speedrun"), _read("fast"), _read("record")
-    losses = sprint["losses"].items()
-    sprint["losses"] = {split: {"mean": statistics.mean(v), "std": statistics.stdev(v)} for split, v in losses}
-    sprint["config"]["parameters"], sprint["seconds"]["runs"] = sprint["parameters"], len(sprint["seeds"])
-    seconds, val, novel = _seconds(post["train_seconds"]), f"{post['val_loss']:.4f}", f"{post['novel_val_loss']:.4f}"
-    rows = [
-        ["hierarchical MLP, as the post prints it", "22,397", "200,000", "", f"{post['published_val']:.4f}", ""],
-        [
-            "the same, trained here by the post's recipe",
-            f"{post['parameters']:,}",
-            f"{post['steps']:,}",
-            seconds,
-            val,
-            novel,
-        ],
-    ]
-    for name, report in (("fast", fast), ("sprint", sprint), ("record", record)):
-        config = report["config"]
-        rows.append(
-            [
-                f"**convolution, recipe `{name}`**, {report['seconds']['runs']} seeds",
-                f"{config['parameters']:,}",
-                f"{config['steps']:,}",
-                f"**{_seconds(report['seconds']['median'])}**" + ", packing included" * (name == "sprint"),
-                f"**{_spread(report['losses'], 'val')}**",
-                _spread(report["losses"], "novel_val"),
-            ]
-        )
-    table = _table(["names.txt, loss in nats", "parameters", "steps", "training", "validation", "novel names"], rows)
-    return (
-        f"{table}\n\nRecipe `fast` reaches the post's loss {fast['times_faster']:.0f} times faster than the post's own "
-        f"loop, `sprint` {sprint['times_faster']:.0f} times, each timed beside that loop on the same machine "
-        f"({_device(fast['provenance'])}); mean and standard deviation over seeds. Commands: [Figures](#figures), "
-        "[The speedrun](#the-speedrun)."
-    )
-
-
-def equality() -> str:
-    report = _read("equality")
-    zero, ahead = report["zero_padding"], report["look_ahead"]
-    changes = ", ".join(f"{row['training']['largest_logit_change']:.1g} in a batch of {row['names']}" for row in ahead)
-    return (
-        "- *Zero padding.* `nn.Conv1d` + `nn.BatchNorm1d` + tanh with zeros on the left, given the same trained "
-        f"weights: before the context is full ({100 * zero['positions_before_the_context_is_full']:.0f} % of the "
-        f"validation positions) logits differ by {zero['mean_logit_difference_early']:.1f} on average and "
-        f"{zero['largest_logit_difference_early']:.1f} at most, later by rounding "
-        f"({zero['largest_logit_difference_later']:.0e}); the validation loss is "
-        f"{zero['val_loss_with_zero_padding']:.3f} instead of {zero['val_loss']:.3f}.\n"
-        "- *BatchNorm looks ahead in training mode*, in the MLP as in the convolution: a batch's statistics contain "
-        "every letter of it. Changing the last letter of one name moves logits that have not read it by up to "
-        f"{changes} names "
-        f"(logits are about {ahead[-1]['training']['largest_logit']:.0f} at most). In evaluation mode by exactly "
-        f"{max(row['evaluation']['largest_logit_change'] for row in ahead):g}.\n\n"
-        f"({_command('equality')})"
-    )
-
-
-def trajectory() -> str:
-    checks = [check for check in _read("certificate")["checks"] if check["name"].startswith("trajectory")]
-    return f"{max(check['max_abs_error'] for check in checks):.0e}"
-
-
-def figures() -> str:
-    fast, record, evaluate, sample = (_read(name) for name in ("fast", "record", "evaluate", "sample"))
-    reproduce, certificate = _read("reproduce/reproduce"), _read("certificate")
-    checks, loop = certificate["checks"], fast["post_loop"]
-    rows = [
-        [
-            f"{row['title']}, train / val: the post {row['published_train']:.4f} / {row['published_val']:.4f}",
-            f"{row['train_loss']:.4f} / {row['val_loss']:.4f}, {_seconds(row['train_seconds'])}",
-            "`convwave reproduce`",
-        ]
-        for row in reproduce["rows"]
-        if row["published_val"] is not None
-    ]
-    scaled, splits = _seconds(loop["seconds_scaled_to_200000_steps"]), ("val", "novel_val", "test")
-    measured = {
-        "recipe `fast`, training time": ("fast", _timing(fast["seconds"])),
-        "recipe `fast`, validation": ("fast", _spread(fast["losses"], "val")),
-        f"the post's loop, {loop['steps_measured']:,} steps measured, scaled to 200,000": (
-            "fast",
-            f"{scaled}: {fast['times_faster']:.0f} times longer than `fast`",
-        ),
-        "recipe `record`, training time": ("record", _timing(record["seconds"])),
-        "recipe `record`, validation / novel names / test (used for no choice)": (
-            "record",
-            " / ".join(_spread(record["losses"], split) for split in splits),
-        ),
-        f"exact evaluation of all {evaluate['positions']:,} positions": (
-            "evaluate",
-            _timing(evaluate["evaluate_seconds"]),
-        ),
-        "the same through the windowed MLP": ("evaluate", _timing(evaluate["windowed_evaluate_seconds"])),
-        "preparing it from text": ("evaluate", _timing(evaluate["prepare_from_text_seconds"])),
-        f"sampling {sample['count']:,} names": (
-            "sample",
-            f"{sample['names_per_second']:,.0f} names/s, {_timing(sample['seconds'])}",
-        ),
-    }
-    rows += [[name, value, _command(source)] for name, (source, value) in measured.items()]
-    passed = f"`verify`: {sum(c['passed'] for c in checks)} of {len(checks)} checks passed"
-    rows += [[passed, _seconds(certificate["seconds"]), "`convwave verify`"], ["anything on a GPU", NOT_MEASURED, ""]]
-    sources = ("fast", "evaluate", "sample", "record", "certificate")
-    links = ", ".join(f"[{name}](benchmarks/results/{name}.json)" for name in sources)
-    return (
-        f"Measured on {_device(fast['provenance'])}, with names.txt; median and range. With device, versions, commit "
-        f"and command: {links}, [reproduce](benchmarks/results/reproduce/reproduce.json).\n\n"
-        + _table(["figure", "measured", "command"], rows)
-    )
+def _post() -> dict[str, Any]:
+    return {row["model"]: row for row in _read("reproduce")["rows"]}
 
 
 def _headlines(found: Mapping[str, Documents]) -> tuple[list[str], list[list[str]]]:
@@ -398,69 +311,31 @@ def _headlines(found: Mapping[str, Documents]) -> tuple[list[str], list[list[str
     return list(columns), rows
 
 
-def bench() -> str:
+def _bench() -> str:
     found = devices(RESULTS)
-    if not found:
-        return NOT_MEASURED
     columns, rows = _headlines(found)
+    lines = [["speed-up, 5 to 95 % of the ratios within rounds; rate", *columns, "command"]]
+    lines += [["---"] * len(lines[0]), *rows]
     every = [(name, *entry) for documents in found.values() for name, entry in documents.items()]
     short = ", ".join(name for name, _, document in every if not document["complete"])
-    cut = f" Cut short: {short}." if short else ""
     links = ", ".join(f"[{name}]({path.relative_to(README.parent).as_posix()})" for name, path, _ in every)
     return (
-        _table(["speed-up, 5 to 95 % of the ratios within rounds; rate", *columns, "command"], rows)
-        + f"\n\n~: may differ by more than 10 % in another run.{cut}\n"
-        + f"With device, clocks, versions, commit, command, flags and quantiles: {links}."
+        "\n".join("| " + " | ".join(line) + " |" for line in lines)
+        + "\n\n~: may differ by more than 10 % in another run."
+        + f" Cut short: {short}." * bool(short)
+        + f"\nWith device, clocks, versions, commit, command, flags and quantiles: {links}."
     )
 
 
-def speedrun() -> str:
-    tracks = [_read("speedrun"), _read("speedrun-open")]
-    rows = [
-        [
-            report["title"],
-            f"{report['parameters']:,}",
-            f"{report['config']['steps']:,}",
-            f"<= {report['target']}",
-            f"{report['val_mean']:.4f} ± {report['val_std']:.4f}, p = {report['p_value']:.1g}",
-            f"**{_timing(report['seconds'])}**",
-            f"{report['cpu_seconds']['min']:.2f} s",
-            f"{report['times_faster']:.0f}",
-        ]
-        for report in tracks
-    ]
-    parts = _read("speedrun-profile")["milliseconds"]
-    where = ", ".join(f"{name} {100 * ms / sum(parts.values()):.0f} %" for name, ms in parts.items())
-    columns = ["track", "parameters", "steps", "target", "validation", "from text to network", "least CPU time"]
-    return (
-        _table([*columns, "times faster than the post's loop (estimated)"], rows)
-        + f"\n\n{_device(tracks[0]['provenance'])}, tier `{tracks[0]['config']['tier']}`, "
-        f"{len(tracks[0]['seeds'])} seeds. Of the first track's time: "
-        f"{where}.\nWith seeds, losses and times: [post](benchmarks/results/speedrun.json), "
-        "[open](benchmarks/results/speedrun-open.json), [profile](benchmarks/results/speedrun-profile.json).\n"
-        "`python -m benchmarks.speedrun`, `... --track open`, `... --profile`."
-    )
-
-
-def mutants() -> str:
-    found = re.search(r"Caught by the tests: (\d+ of \d+)", (README.parent / "tests/MUTANTS.md").read_text("utf-8"))
-    assert found is not None
-    return found[1]
-
-
-BLOCKS: dict[str, Callable[[], str]] = {
-    f.__name__: f for f in (headline, equality, trajectory, figures, speedrun, bench, mutants)
-}
+MADE: dict[str, Callable[[], Any]] = {"bench": _bench, "checks": _checks, "mutants": _mutants, "post": _post}
+BLOCK = re.compile(r"<!-- begin (\w+) -->(.*?)<!-- end \1 -->", re.DOTALL)
 
 
 def render(text: str) -> str:
-    """The README with every block made anew."""
-    for name, make in BLOCKS.items():
-        before, rest = text.split(f"<!-- begin {name} -->")
-        old, after = rest.split(f"<!-- end {name} -->")
-        line = "\n" * old.startswith("\n")
-        text = f"{before}<!-- begin {name} -->{line}{make()}{line}<!-- end {name} -->{after}"
-    return text
+    """The README with every block made anew from its template."""
+    made = _Formatter().format(BLOCKS.read_text(encoding="utf-8"))
+    blocks = {match[1]: match[0] for match in BLOCK.finditer(made)}
+    return BLOCK.sub(lambda match: blocks[match[1]], text)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -100,7 +100,7 @@ def stack_launches(C: int, H: int, precision: str, target: str) -> list[Recorded
         return torch.empty(shape, dtype=dtype, device="meta")
 
     x, dh = empty(ROWS, C, dtype=dtype), empty(ROWS, H, dtype=dtype)
-    levels = [Level(empty(H, c, 2), *(empty(H) for _ in range(4)), training=True) for c in (C, H)]
+    levels = [Level(empty(H, c, 2), empty(H), empty(H), empty(H), empty(H), training=True) for c in (C, H)]
     fixed = [level._replace(training=False) for level in levels]
     rows = Rows(empty(2, ROWS, dtype=torch.int64), empty(ROWS, dtype=torch.float64))
     ranges = empty(2, 2, ROWS, dtype=torch.int64)
@@ -136,7 +136,7 @@ def compile_launch(launch: Recorded, target: GPUTarget) -> Any:
 
 
 def resources(compiled: Any, target: Target) -> dict[str, int]:
-    """What a compiled kernel needs: registers and spilled bytes a thread, shared bytes, instructions for matrix units."""
+    """Registers and spilled bytes of a thread, shared bytes of a program, instructions for matrix units."""
     if "cubin" not in compiled.asm:
         text = usage = compiled.asm["amdgcn"]
         patterns = (r"\.vgpr_count:\s+(\d+)", r"\.private_segment_fixed_size:\s+(\d+)")
@@ -172,19 +172,17 @@ def plan(
                         yield _row(target, launch, precision), launch
 
 
-_VARIANTS = {
-    "prologue": "below_ptr",
-    "statistics": "partial_ptr",
-    "activate": "ACTIVATION",
-    "order": "order_ptr",
-    "blocks": "blocks_ptr",
-    "fused": "dw_ptr",
+_VARIANTS = {  # of each kernel, told by the arguments that are not None
+    "conv_forward": {"prologue": "below_ptr", "statistics": "partial_ptr", "activate": "ACTIVATION"},
+    "conv_backward": {"prologue": "below_ptr", "order": "order_ptr", "blocks": "blocks_ptr", "fused": "dw_ptr"},
+    "conv_weight": {"prologue": "below_ptr"},
+    "block_sums": {"order": "order_ptr"},
 }
 
 
 def _row(target: str, launch: Recorded, precision: str) -> dict[str, Any]:
     a, name = launch.arguments, launch.kernel.fn.__name__.removesuffix("_kernel")
-    variants = [] if name in ("conv_weight",) else [v for v, p in _VARIANTS.items() if a.get(p) is not None]
+    variants = [variant for variant, argument in _VARIANTS.get(name, {}).items() if a[argument] is not None]
     return {
         "target": target,
         "kernel": name,

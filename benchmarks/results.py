@@ -146,7 +146,7 @@ class _Found:
         names = (f"{provider}, triton", f"{provider}, eager", provider)
         return next((r for r in (self.row(study, name, mode, metric, x) for name in names) if r is not None), None)
 
-    def speedup(self, study: str, provider: str, mode: str, x: Any, unit: str = "positions/s") -> str:
+    def speedup(self, study: str, provider: str, mode: str, x: Any) -> str:
         ratio = self.ours(study, provider, mode, "speedup", x)
         if ratio is None:
             return NOT_MEASURED
@@ -154,6 +154,7 @@ class _Found:
             self.row(study, ratio["provider"], mode, metric, x) for metric in ("seconds", "positions_per_second")
         )
         assert rate is not None
+        unit = "characters/s" if study == "sample" else "positions/s"
         mark = " ~" * (is_noisy(ratio) or is_noisy(seconds))
         spread = f"{short_number(ratio['p05'])} to {short_number(ratio['p95'])}"
         return f"{short_number(ratio['median'])} times ({spread}){mark}; {short_number(rate['median'])} {unit}{mark}"
@@ -181,39 +182,25 @@ class _Found:
         return f"right in {sum(right):.0f} of {len(right)}; time lost {mean:.1%} on average, {worst:.0%} at worst"
 
 
+STACK = "training a stack of width 128, float32: convwave over two shifted matmuls"
+SPEEDUPS = {  # provider, mode, x of a speed-up, by question
+    "training, context 1,024, width 128: dense over the windowed MLP": ("context", "dense", "train", 1024),
+    "training, 512 names at the post's size: dense over the windowed MLP": ("names", "dense", "train", 512),
+    "the same over distinct contexts": ("names", "distinct", "train", 512),
+    "evaluation, 512 names: distinct contexts over the windowed MLP": ("names", "distinct", "eval", 512),
+    "generation, 1,024 sequences at once: cached over the windowed MLP": ("sample", "cached", "eval", 1024),
+    STACK: ("width", "convwave", "train, float32", 128),
+}
+
+
 def headlines(documents: Documents) -> list[tuple[str, str, str]]:
     """Question, answer, study of every headline."""
     found = _Found(documents)
-    names, stack = "512 names", "training a stack of width 128, float32: convwave over two shifted matmuls"
+    fraction = "a level of width 128, evaluation, float32: fraction of the hardware's limit"
     return [
-        (
-            "training, context 1,024, width 128: dense over the windowed MLP",
-            found.speedup("context", "dense", "train", 1024),
-            "context",
-        ),
-        (
-            f"training, {names} at the post's size: dense over the windowed MLP",
-            found.speedup("names", "dense", "train", 512),
-            "names",
-        ),
-        ("the same over distinct contexts", found.speedup("names", "distinct", "train", 512), "names"),
-        (
-            f"evaluation, {names}: distinct contexts over the windowed MLP",
-            found.speedup("names", "distinct", "eval", 512),
-            "names",
-        ),
-        (
-            "generation, 1,024 sequences at once: cached over the windowed MLP",
-            found.speedup("sample", "cached", "eval", 1024, "characters/s"),
-            "sample",
-        ),
-        (stack, found.speedup("width", "convwave", "train, float32", 128), "width"),
+        *((question, found.speedup(*where), where[0]) for question, where in SPEEDUPS.items()),
         ("the same over them compiled", found.over_compiled(), "width"),
-        (
-            "a level of width 128, evaluation, float32: fraction of the hardware's limit",
-            found.fraction(),
-            "roofline",
-        ),
+        (fraction, found.fraction(), "roofline"),
         ("the winning graph, predicted beforehand", found.predictions(), "breakeven"),
     ]
 

@@ -24,7 +24,7 @@ import math
 import statistics
 import sys
 import time
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -133,7 +133,7 @@ def speedrun(words: cw.Words, name: str, config: Config, seeds: int) -> dict[str
         "target": track.target,
         "most_parameters": track.parameters,
         "parameters": parameters,
-        "config": asdict(config),
+        "config": config.summary(),
         "seeds": list(range(seeds)),
         "losses": {split: [loss[split] for loss in losses] for split in losses[0]},
         "val_mean": statistics.mean(val),
@@ -178,7 +178,7 @@ def profile(words: cw.Words, config: Config) -> dict[str, Any]:
     operators = sorted(profiler.key_averages(), key=lambda row: -row.self_cpu_time_total)
     total = sum(row.self_cpu_time_total for row in operators)
     return {
-        "config": asdict(config),
+        "config": config.summary(),
         "milliseconds": {name: 1000 * seconds for name, seconds in best.items()},
         "runs": 7,
         "operators": [
@@ -194,7 +194,7 @@ def profile(words: cw.Words, config: Config) -> dict[str, Any]:
 
 
 def by_part(text: str, config: Config) -> dict[str, float]:
-    """Seconds in each of `PARTS`; what one of them spends in another counts for that one."""
+    """Seconds in each of `PARTS` of a training in tier "cpu"."""
     profiler = cProfile.Profile()
     profiler.runcall(timed_training, text, config)
     parts = {function: part for part, functions in PARTS.items() for function in functions}
@@ -203,7 +203,7 @@ def by_part(text: str, config: Config) -> dict[str, float]:
         part = parts.get(getattr(entry.code, "co_qualname", ""))
         if part is not None:
             spent[part] += entry.totaltime
-    spent["batches"] -= spent["graph of all contexts"] * (spent["batches"] > spent["graph of all contexts"])
+    spent["batches"] -= spent["graph of all contexts"]  # made when the first batch is read
     return spent
 
 

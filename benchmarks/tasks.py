@@ -285,7 +285,7 @@ class Conv1dStack(nn.Module):
         dilation = 1
         for conv, norm in zip(self.convs, self.norms, strict=True):
             h = torch.tanh(norm(conv(self.pad(h, dilation))))
-            dilation *= conv.kernel_size[0]
+            dilation *= conv.weight.shape[-1]  # type: ignore[index, assignment]
         return h
 
 
@@ -346,13 +346,16 @@ class Stack:
         generator = torch.Generator().manual_seed(0)
         self.shape, self.positions = (batch, length, channels), batch * length
         self.dtype, self.training, self.device = dtype, training, device
-        options = {"unbiased": False, "backend": "eager", "statistics": "positions"}
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
-            self._model = cw.ConvWave(2, channels, channels, levels, **options)
-        for block in self._model.layers:
-            block.norm.running_mean.normal_(generator=generator).mul_(0.1)
-            block.norm.running_var.uniform_(0.5, 1.5, generator=generator)
+            self._model = cw.ConvWave(
+                2, channels, channels, levels, unbiased=False, backend="eager", statistics="positions"
+            )
+        for name, statistic in self._model.named_buffers():
+            if name.endswith("running_mean"):
+                statistic.normal_(generator=generator).mul_(0.1)
+            elif name.endswith("running_var"):
+                statistic.uniform_(0.5, 1.5, generator=generator)
         self.x = torch.randn(self.shape, generator=generator).to(dtype).to(device)
         self.gradient = torch.randn(self.shape, generator=generator).to(dtype).to(device)
         self.graph = cw.dense_graph(cw.pack_ids([[1] * (length - 1)] * batch), levels).to(device)
@@ -402,12 +405,10 @@ class Stack:
     def _conv1d(self, make: Callable[[], Conv1dStack], compile: Compile = False) -> Work:
         stack = make()
         x, gradient = (t.transpose(1, 2).contiguous() for t in (self.x, self.gradient))
-        weights = [layer.weight for layer in stack.convs]
         parameters = list(stack.parameters())
+        weights = [p for p in parameters if p.dim() == 3]
         call = compiled(stack, compile)
-        return self._work(
-            call, x, gradient, parameters, lambda: [grad(w) for w in weights], lambda h: h.transpose(1, 2)
-        )
+        return self._work(call, x, gradient, parameters, lambda: list(map(grad, weights)), lambda h: h.transpose(1, 2))
 
     def convwave(self, name: str, backend: str = "eager", precision: str = "auto") -> Competitor:
         """This library; `precision` of float32 products is the kernels', "auto" the same as everybody's."""

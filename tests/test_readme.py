@@ -6,12 +6,12 @@ import re
 
 import pytest
 
-from benchmarks.readme import README, render
+from benchmarks.report import README, render
 
 
 def test_figures_are_the_measured_ones() -> None:
     text = README.read_text(encoding="utf-8")
-    assert render(text) == text, "run python -m benchmarks.readme"
+    assert render(text) == text, "run python -m benchmarks.report"
 
 
 def test_links_lead_somewhere() -> None:

@@ -12,7 +12,7 @@ import torch
 import convwave as cw
 from benchmarks import speedrun
 from benchmarks.speedrun import TRACKS, p_value, timed_training
-from convwave.train.loop import Config, train
+from convwave.train import Config, train
 
 
 @pytest.mark.parametrize(
@@ -82,3 +82,10 @@ def test_too_few_seeds_and_unknown_tiers_are_refused(names_txt: cw.Words, capsys
         monkeypatch.setattr(sys, "argv", ["speedrun", *arguments])
         assert speedrun.main() == 2
         assert reason in capsys.readouterr().err
+
+
+def test_the_profile_finds_every_part_of_a_training(words: cw.Words) -> None:
+    config = Config.make(recipe="sprint", steps=2, batch=64)
+    spent = speedrun.by_part("\n".join(words.words[:400]), config)
+    assert spent.keys() == speedrun.PARTS.keys()
+    assert all(seconds > 0 for seconds in spent.values()), spent

@@ -16,8 +16,9 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
+from importlib import import_module
 from itertools import product
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -26,213 +27,187 @@ import convwave as cw
 from benchmarks.harness import Competitor, Point, Results, Row, Work, compare, numeric_flags
 from benchmarks.studies import Picture, Plan, Step, Study
 from benchmarks.tasks import Stack, need
-from convwave.data.graph import Rows
-from convwave.ops.level import Level
 
 Rungs = tuple[list[Competitor], Results]
+Run = Callable[[], Results]
+
+
+def kernels(module: str) -> Any:
+    """A module of the kernels; triton is not everywhere."""
+    need("triton")
+    return import_module(f"convwave.kernels.{module}")
 
 
 class Operands(NamedTuple):
     """A stack as the kernels take it."""
 
     x: Tensor
-    gradient: Tensor
-    levels: list[Level]
-    rows: list[Rows]
+    levels: list[Any]
+    rows: list[Any]
+    precision: str
 
 
 def operands(task: Stack, training: bool = True) -> Operands:
-    blocks = [(block.conv.weight.detach(), block.norm) for block in task.model(task.dtype).layers]
-    levels = [
-        Level(w, n.weight.detach(), n.bias.detach(), n.running_mean, n.running_var, n.eps, n.momentum, training, False)
-        for w, n in blocks
-    ]
-    rows = [Rows(taps, consumers=c) for taps, c in zip(task.graph.taps, task.graph.consumers, strict=True)]
-    return Operands(*(t.view(task.positions, -1) for t in (task.x, task.gradient)), levels, rows)
+    levels = [block.level() for block in task.model(task.dtype).train(training).layers]
+    rows = list(task.graph.rows(counted=False, consumers=True))
+    precision = kernels("configs").resolve_precision("auto", task.dtype)
+    return Operands(task.x.view(task.positions, -1), levels, rows, precision)
 
 
-def plain(task: Stack, dtype: torch.dtype, training: bool = True) -> tuple[cw.ConvWave, Tensor, Callable[[], Tensor]]:
-    """The network in plain PyTorch, its input, and a forward pass."""
-    model = task.model(dtype).train(training)
-    x = task.x.to(dtype).view(task.positions, -1)
-    return model, x, lambda: model.features(x, task.graph)
+def rungs(task: Stack, pytorch: Callable[[torch.dtype], Run], named: Mapping[str, Callable[[], Run]]) -> Rungs:
+    """PyTorch and what the kernels are prepared to run; the results in float64."""
 
-
-def _rungs(
-    task: Stack, pytorch: Callable[[torch.dtype], Callable[[], Results]], kernels: Mapping[str, Callable[[], Results]]
-) -> Rungs:
-    def make(run: Callable[[], Results]) -> Work:
-        need("triton")
-        inference = torch.no_grad()(run)
-        return Work(inference, inference)
+    def make(prepare: Callable[[], Run]) -> Work:
+        run = torch.no_grad()(prepare())
+        return Work(run, run)
 
     def make_plain() -> Work:
         run = pytorch(task.dtype)
         return Work(run, run)
 
-    competitors = [Competitor(name, functools.partial(make, run), task.dtype) for name, run in kernels.items()]
+    competitors = [Competitor(name, functools.partial(make, prepare), task.dtype) for name, prepare in named.items()]
     return [Competitor("PyTorch", make_plain, task.dtype), *competitors], pytorch(torch.float64)()
 
 
-def _forward_only(task: Stack, training: bool) -> Callable[[torch.dtype], Callable[[], Results]]:
-    def pytorch(dtype: torch.dtype) -> Callable[[], Results]:
-        run = torch.no_grad()(plain(task, dtype, training)[2])
-        return lambda: {"h": run()}
-
-    return pytorch
+def plain(task: Stack, dtype: torch.dtype, training: bool = True) -> Run:
+    model = task.model(dtype).train(training)
+    x = task.x.to(dtype).view(task.positions, -1)
+    return torch.no_grad()(lambda: {"h": model.features(x, task.graph)})
 
 
-def forward(task: Stack) -> Rungs:
-    """Rungs of the forward pass in training mode, and the activations in float64."""
-    x, _, levels, rows = operands(task)
+def unfused(task: Stack) -> Run:
+    x, levels, rows, precision = operands(task)
+    conv, norm = kernels("forward").conv_forward, kernels("activate").norm_activate_forward
 
-    def unfused() -> Results:
-        from convwave.kernels.activate import norm_activate_forward
-        from convwave.kernels.forward import conv_forward
-
+    def run() -> Results:
         h = x
         for level, its in zip(levels, rows, strict=True):
-            z, _ = conv_forward(h, level._replace(training=False), its, precision=_precision(task))
+            z, _ = conv(h, level._replace(training=False), its, precision=precision)  # takes no statistics
             var, mean = torch.var_mean(z.float(), 0, correction=0)
             rstd = torch.rsqrt(var + level.eps)
             total = torch.full_like(var, z.shape[0])
-            h = norm_activate_forward(z, level, torch.stack([mean, rstd, rstd * level.gamma.float(), var, total]))
+            h = norm(z, level, torch.stack([mean, rstd, rstd * level.gamma.float(), var, total]))
         return {"h": h}
 
-    def statistics_fused() -> Results:
-        from convwave.kernels.activate import norm_activate_forward
-        from convwave.kernels.forward import conv_forward
+    return run
 
+
+def level_by_level(task: Stack, training: bool) -> Run:
+    """The product with its statistics, or the running ones, in a kernel; BatchNorm and tanh in another."""
+    x, levels, rows, precision = operands(task, training)
+    conv, norm = kernels("forward").conv_forward, kernels("activate").norm_activate_forward
+
+    def run() -> Results:
         h = x
         for level, its in zip(levels, rows, strict=True):
-            h = norm_activate_forward(*_regrouped(level, conv_forward(h, level, its, precision=_precision(task))))
+            z, stats = conv(h, level, its, precision=precision)
+            h = norm(z, level, stats)
         return {"h": h}
 
-    def prologue_fused() -> Results:
-        from convwave.kernels.stack import stack_forward
-
-        return {"h": stack_forward(x, levels, rows)[0]}
-
-    named = {"unfused": unfused, "statistics fused": statistics_fused, "prologue fused": prologue_fused}
-    return _rungs(task, _forward_only(task, True), named)
+    return run
 
 
-def _regrouped(level: Level, found: tuple[Tensor, Tensor]) -> tuple[Tensor, Level, Tensor]:
-    return found[0], level, found[1]
+def prologue_fused(task: Stack) -> Run:
+    x, levels, rows, _ = operands(task)
+    return lambda: {"h": kernels("stack").stack_forward(x, levels, rows)[0]}
+
+
+def forward(task: Stack) -> Rungs:
+    """Rungs of the forward pass in training mode."""
+    named = {
+        "unfused": lambda: unfused(task),
+        "statistics fused": lambda: level_by_level(task, True),
+        "prologue fused": lambda: prologue_fused(task),
+    }
+    return rungs(task, lambda dtype: plain(task, dtype), named)
 
 
 def evaluation(task: Stack) -> Rungs:
-    """Rungs of the forward pass in evaluation mode, and the activations in float64."""
-    x, _, levels, rows = operands(task, training=False)
+    """Rungs of the forward pass in evaluation mode."""
 
-    def unfused() -> Results:
-        from convwave.kernels.activate import norm_activate_forward
-        from convwave.kernels.forward import conv_forward
+    def fused() -> Run:
+        x, levels, rows, _ = operands(task, False)
+        return lambda: {"h": kernels("stack").stack_inference(x, levels, rows)}
 
-        h = x
-        for level, its in zip(levels, rows, strict=True):
-            h = norm_activate_forward(*_regrouped(level, conv_forward(h, level, its, precision=_precision(task))))
-        return {"h": h}
-
-    def fused() -> Results:
-        from convwave.kernels.stack import stack_inference
-
-        return {"h": stack_inference(x, levels, rows)}
-
-    return _rungs(task, _forward_only(task, False), {"unfused": unfused, "BatchNorm and tanh on store": fused})
+    named = {"unfused": lambda: level_by_level(task, False), "BatchNorm and tanh on store": fused}
+    return rungs(task, lambda dtype: plain(task, dtype, False), named)
 
 
 def backward(task: Stack) -> Rungs:
-    """Rungs of the backward pass, and the gradients in float64."""
-    x, gradient, levels, rows = operands(task)
+    """Rungs of the backward pass."""
+    gradient = task.gradient.view(task.positions, -1)
 
-    @functools.cache
-    def kept() -> tuple[list[Tensor], list[Tensor]]:
-        from convwave.kernels.stack import stack_forward
+    def prepare(separate: bool) -> Run:
+        x, levels, rows, precision = operands(task)
+        _, zs, stats = kernels("stack").stack_forward(x, levels, rows)
+        module, configs = kernels("backward"), kernels("configs")
 
-        return stack_forward(x, levels, rows)[1:]
+        def run() -> Results:
+            if not separate:
+                dx, dweights, *_ = kernels("stack").stack_backward(gradient, x, levels, zs, stats, rows)
+                return gradients(dx, *dweights)
+            g, sums = kernels("activate").norm_activate_backward(gradient, zs[-1], levels[-1], stats[-1])
+            dweights = []
+            for i in reversed(range(len(levels))):
+                H, C, k = levels[i].weight.shape
+                launch = configs.backward_launch(C, H, k, x.dtype, precision, x.device)
+                operand = (g, zs[i], levels[i], stats[i], sums, zs[i - 1] if i else x, rows[i])
+                below = (levels[i - 1], stats[i - 1]) if i else None
+                alone = replace(launch, fused=False)
+                g, sums, dweight = module.conv_backward(*operand, below=below, precision=precision, launch=alone)
+                dweights.insert(0, dweight)
+            return gradients(g, *dweights)
 
-    def separate() -> Results:
-        from convwave.kernels.activate import norm_activate_backward
-        from convwave.kernels.backward import conv_backward
-        from convwave.kernels.configs import backward_launch
+        return run
 
-        zs, stats = kept()
-        last = len(levels) - 1
-        g, sums = norm_activate_backward(gradient, zs[last], levels[last], stats[last])
-        dweights: list[Tensor] = []
-        for i in range(last, -1, -1):
-            H, C, K = levels[i].weight.shape
-            launch = backward_launch(C, H, K, x.dtype, _precision(task), x.device)
-            result = conv_backward(
-                *(g, zs[i], levels[i], stats[i], sums, zs[i - 1] if i else x, rows[i]),
-                below=(levels[i - 1], stats[i - 1]) if i else None,
-                precision=_precision(task),
-                launch=replace(launch, fused=False),
-            )
-            dweights.insert(0, result.dweight)
-            g, sums = result.dx, result.sums
-        return _gradients(g, *dweights)
+    def pytorch(dtype: torch.dtype) -> Run:
+        model = task.model(dtype)
+        leaf = task.x.to(dtype).view(task.positions, -1).requires_grad_()
+        h, wanted = model.features(leaf, task.graph), [leaf, *(block.conv.weight for block in model.layers)]
+        return lambda: gradients(*torch.autograd.grad(h, wanted, gradient.to(dtype), retain_graph=True))
 
-    def fused() -> Results:
-        from convwave.kernels.stack import stack_backward
+    def gradients(dx: Tensor, *dweights: Tensor) -> Results:
+        return {"x": dx, **{f"level {i}": dw for i, dw in enumerate(dweights)}}
 
-        dx, dweights, *_ = stack_backward(gradient, x, levels, *kept(), rows)
-        return _gradients(dx, *dweights)
-
-    def pytorch(dtype: torch.dtype) -> Callable[[], Results]:
-        model, leaf, run = plain(task, dtype)
-        h, g = (leaf.requires_grad_(), run())[1], gradient.to(dtype)
-        wanted = [leaf, *(block.conv.weight for block in model.layers)]
-        return lambda: _gradients(*torch.autograd.grad(h, wanted, g, retain_graph=True))
-
-    named = {"gradients of the matrices in a pass of their own": separate, "in the same pass": fused}
-    return _rungs(task, pytorch, named)
-
-
-def _gradients(dx: Tensor, *dweights: Tensor) -> Results:
-    return {"x": dx, **{f"level {i}": dw for i, dw in enumerate(dweights)}}
+    apart, together = (functools.partial(prepare, separate) for separate in (True, False))
+    return rungs(task, pytorch, {"gradients of the matrices in a pass of their own": apart, "in the same": together})
 
 
 def tiles(task: Stack) -> Rungs:
     """One level, forward in training mode, by tiles of other sizes; the first kernel is the one that is chosen."""
-    x, _, (level,), (rows,) = operands(task)
 
-    def pytorch(dtype: torch.dtype) -> Callable[[], Results]:
-        _, h, _ = plain(task, dtype)
-        weight = level.weight.to(dtype)
+    def pytorch(dtype: torch.dtype) -> Run:
+        x, weight = (
+            t.to(dtype) for t in (task.x.view(task.positions, -1), task.model(task.dtype).layers[0].conv.weight)
+        )
 
         def run() -> Results:
-            z = sum((h[tap] @ weight[:, :, j].T for j, tap in enumerate(rows.taps)), torch.zeros((), dtype=dtype))
+            z = torch.stack([x[tap] @ weight[:, :, j].T for j, tap in enumerate(task.graph.taps[0])]).sum(0)
             return {"z": z, "var": z.to(torch.promote_types(dtype, torch.float32)).var(0, correction=0)}
+
+        return torch.no_grad()(run)
+
+    def prepare(launch: Any) -> Run:
+        x, (level,), (rows,), precision = operands(task)
+
+        def run() -> Results:
+            z, stats = kernels("forward").conv_forward(x, level, rows, precision=precision, launch=launch)
+            return {"z": z, "var": stats[3]}
 
         return run
 
-    def with_launch(launch: object) -> Results:
-        from convwave.kernels.forward import conv_forward
-
-        z, stats = conv_forward(x, level, rows, precision=_precision(task), launch=launch)
-        return {"z": z, "var": stats[3]}
-
-    named: dict[str, Callable[[], Results]] = {"kernels": dict}
-    if "triton" in cw.available_backends():
-        from convwave.kernels.configs import forward_launch
-
-        H, C, _ = level.weight.shape
-        chosen = forward_launch(C, H, task.dtype, _precision(task), x.device)
-        grid = product((32, 64, 128), (4, 8), (2, 3))
-        others = [replace(chosen, rows=r, warps=warps, stages=stages) for r, warps, stages in grid]
-        named = {}
-        for launch in dict.fromkeys([chosen, *others]):
-            name = f"{launch.rows} x {launch.depth} x {launch.columns}, {launch.warps} warps, {launch.stages} stages"
-            named[name + ", the choice" * (launch == chosen)] = functools.partial(with_launch, launch)
-    return _rungs(task, pytorch, named)
-
-
-def _precision(task: Stack) -> str:
-    from convwave.kernels.configs import resolve_precision
-
-    return str(resolve_precision("auto", task.dtype))
+    if "triton" not in cw.available_backends():
+        return rungs(task, pytorch, {"kernels": lambda: prepare(None)})
+    x, (level,), _, precision = operands(task)
+    H, C, _ = level.weight.shape
+    chosen = kernels("configs").forward_launch(C, H, task.dtype, precision, x.device)
+    grid = product((32, 64, 128), (4, 8), (2, 3))
+    others = [replace(chosen, rows=r, warps=warps, stages=stages) for r, warps, stages in grid]
+    named = {}
+    for launch in dict.fromkeys([chosen, *others]):
+        name = f"{launch.rows} x {launch.depth} x {launch.columns}, {launch.warps} warps, {launch.stages} stages"
+        named[name + ", the choice" * (launch == chosen)] = functools.partial(prepare, launch)
+    return rungs(task, pytorch, named)
 
 
 RUNGS = {"forward": forward, "eval": evaluation, "backward": backward, "tiles": tiles}
@@ -259,12 +234,15 @@ STUDY = Study(
     "ladder",
     "What is each idea of the kernels worth?",
     steps,
-    (
-        Picture("Forward, training mode, float32", "speedup", "forward, float32", TIMES, "bars"),
-        Picture("Backward, float32", "speedup", "backward, float32", TIMES, "bars"),
-        Picture("Evaluation, float32", "speedup", "eval, float32", TIMES, "bars"),
-        Picture("Tiles of the forward kernel, float32", "speedup", "tiles, float32", TIMES, "bars"),
-        Picture("Forward, training mode, bfloat16", "speedup", "forward, bfloat16", TIMES, "bars"),
-        Picture("Backward, bfloat16", "speedup", "backward, bfloat16", TIMES, "bars"),
+    tuple(
+        Picture(f"{title}, {precision}", "speedup", f"{mode}, {precision}", TIMES, "bars")
+        for precision, modes in (("float32", RUNGS), ("bfloat16", ("forward", "backward")))
+        for mode, title in (
+            ("forward", "Forward, training mode"),
+            ("backward", "Backward"),
+            ("eval", "Evaluation"),
+            ("tiles", "Tiles"),
+        )
+        if mode in modes
     ),
 )

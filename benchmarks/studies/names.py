@@ -45,8 +45,9 @@ def triton(plan: Plan, task: Network, kinds: tuple[str, ...] = ("dense", "distin
 
 def rows(task: Network, competitors: list[Competitor], point: Point, plan: Plan) -> list[Row]:
     with numeric_flags():
-        options = {"positions": task.positions, "baseline": "windowed MLP"}
-        return compare(competitors, task.expected(), point, plan.settings, **options)
+        return compare(
+            competitors, task.expected(), point, plan.settings, positions=task.positions, baseline="windowed MLP"
+        )
 
 
 STUDY = Study(

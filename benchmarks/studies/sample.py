@@ -27,8 +27,9 @@ def _measure(plan: Plan, batch: int, point: Point) -> list[Row]:
     if plan.quick or batch not in (1, 1024):
         competitors.pop()
     with numeric_flags():
-        options = {"positions": batch * CHARACTERS, "baseline": "windowed MLP"}
-        return compare(competitors, expected, point, plan.settings, **options)
+        return compare(
+            competitors, expected, point, plan.settings, positions=batch * CHARACTERS, baseline="windowed MLP"
+        )
 
 
 def generation(plan: Plan, batch: int) -> tuple[list[Competitor], Results]:

@@ -42,8 +42,9 @@ def _measure(plan: Plan, channels: int, precision: str, training: bool, tuned: b
         if not plan.quick and channels == 128 and precision in worth_compiling:
             competitors.append(task.matmul(f"two shifted matmuls, {named}", how))
             competitors.append(task.conv1d(f"Conv1d + BatchNorm1d + tanh, {named}", how))
-        options = {"positions": task.positions, "baseline": "two shifted matmuls"}
-        return compare(competitors, task.expected(), point, plan.settings, **options)
+        return compare(
+            competitors, task.expected(), point, plan.settings, positions=task.positions, baseline="two shifted matmuls"
+        )
 
 
 STUDY = Study(
