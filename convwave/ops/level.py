@@ -23,16 +23,17 @@ class Activation(NamedTuple):
         name: by which configurations and kernels know it.
         parts: P, channels in for one channel out.
         value: (N, P * H) -> (N, H).
-        gradient: (da (N, H), y (N, P * H), a (N, H) = value(y)) -> dy (N, P * H).
+        gradient: (da (N, H), y, a (N, H) = value(y())) -> dy (N, P * H); y is a function that computes (N, P * H), for
+            those that cannot do without.
     """
 
     name: str
     parts: int
     value: Callable[[Tensor], Tensor]
-    gradient: Callable[[Tensor, Tensor, Tensor], Tensor]
+    gradient: Callable[[Tensor, Callable[[], Tensor], Tensor], Tensor]
 
 
-def _tanh_gradient(da: Tensor, y: Tensor, a: Tensor) -> Tensor:
+def _tanh_gradient(da: Tensor, y: Callable[[], Tensor], a: Tensor) -> Tensor:
     return torch.ops.aten.tanh_backward(da, a)
 
 

@@ -287,18 +287,18 @@ class _Stack(torch.autograd.Function):
     """h, statistics, and what the backward pass keeps; gradients for x, weights, gammas and betas."""
 
     @staticmethod
-    def forward(x: Tensor, call: _Call, *tensors: Tensor) -> tuple[Tensor, ...]:
+    def forward(x: Tensor, call: _Call, *tensors: Tensor) -> tuple[Tensor | None, ...]:
         t = _grouped(call, tensors)
         if call.op:
             h, zs, stats = torch.ops.convwave.stack_forward(x, *t, *call.options, call.precision)
             return (h, *stats, *zs)
         tape = twin.forward(x, *_unflatten(t, call.options))
-        return (tape.h[-1], *tape.stats, *tape.z, *tape.h[:-1])
+        return (tape.h[-1], *tape.stats, *tape.deviation, *tape.h[:-1], *tape.read)
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor | None, ...]) -> None:
         x, call, *tensors = inputs
-        ctx.mark_non_differentiable(*output[1:])
+        ctx.mark_non_differentiable(*(kept for kept in output[1:] if kept is not None))
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(x, *tensors, *output)
         ctx.call = call
@@ -314,7 +314,7 @@ class _Stack(torch.autograd.Function):
         t, (h, *kept) = _grouped(call, saved[:n]), saved[n:]
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():  # a second derivative is to follow
             return _differentiable_backward(ctx, dh, x, t, call)
-        stats, zs, hs = kept[:L], kept[L : 2 * L], kept[2 * L :]
+        stats, zs, hs, read = kept[:L], kept[L : 2 * L], kept[2 * L : 3 * L - 1], kept[3 * L - 1 :]
         needs_dx = ctx.needs_input_grad[0]
         dx: Tensor | None
         if call.op:
@@ -323,7 +323,7 @@ class _Stack(torch.autograd.Function):
             )
         else:
             levels, rows = _unflatten(t, call.options)
-            tape = twin.Tape([*hs, h], zs, stats)
+            tape = twin.Tape([*hs, h], zs, stats, read, [])
             dx, *lists = twin.backward(dh, x, levels, tape, rows, needs_dx)
         gradients = [d for tensors in lists for d in tensors]
         gradients = [d.to(p.dtype) for d, p in zip(gradients, (*t.weights, *t.gammas, *t.betas), strict=True)]

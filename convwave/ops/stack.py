@@ -18,6 +18,7 @@ Shapes: N rows of a level, N' rows of the level below, C channels below, H chann
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -26,7 +27,6 @@ from torch import Tensor
 from convwave.data.graph import Rows
 from convwave.ops.fold import fixed_stats, folded
 from convwave.ops.level import Level, Stats, wide
-from convwave.ops.naive import gather
 
 
 class Tape(NamedTuple):
@@ -34,13 +34,17 @@ class Tape(NamedTuple):
 
     Attributes:
         h: per level, (N, H) activations.
-        z: per level, (N, P * H) pre-activations.
+        deviation: per level, (N, P * H) pre-activations less their mean.
         stats: per level, (5, P * H), see `level.Stats`.
+        read: per level, (N, kC) what the taps read, None where products were gathered instead.
+        z: per level, (N, P * H) pre-activations; empty unless asked for.
     """
 
     h: list[Tensor]
-    z: list[Tensor]
+    deviation: list[Tensor]
     stats: list[Tensor]
+    read: list[Tensor | None]
+    z: list[Tensor]
 
 
 def _reads_zeros(i: int, taps: Tensor) -> bool:
@@ -54,9 +58,14 @@ def _multiplies_first(x: Tensor, weight: Tensor, taps: Tensor) -> bool:
     return x.shape[0] * k < taps.shape[1] and C * k >= H
 
 
-def _joined(x: Tensor, taps: Tensor, zeros: bool) -> Tensor:
+def _with_zeros(x: Tensor, taps: Tensor) -> tuple[Tensor, Tensor]:
+    """x with a row of zeros behind it, and taps that read that row where they were -1."""
+    return torch.cat([x, x.new_zeros(1, x.shape[1])]), torch.where(taps < 0, x.shape[0], taps)
+
+
+def _joined(x: Tensor, taps: Tensor) -> Tensor:
     """(N, kC) what the taps read, side by side."""
-    return torch.cat([gather(x, tap) if zeros else x.index_select(0, tap) for tap in taps], 1)
+    return torch.cat([x.index_select(0, tap) for tap in taps], 1)
 
 
 def _matrix(weight: Tensor) -> Tensor:
@@ -67,33 +76,44 @@ def _matrix(weight: Tensor) -> Tensor:
 
 def conv(x: Tensor, weight: Tensor, taps: Tensor, shift: Tensor | None = None, zeros: bool = False) -> Tensor:
     """`naive.conv`, and a shift (H,) where given; `zeros` says that taps may be -1."""
+    return _conv(x, weight, taps, shift, zeros)[0]
+
+
+def _conv(x: Tensor, weight: Tensor, taps: Tensor, shift: Tensor | None, zeros: bool) -> tuple[Tensor, Tensor | None]:
+    """The same, with (N, kC) what the taps read, None where products were gathered."""
 
     def affine(x: Tensor, matrix: Tensor) -> Tensor:
         return x @ matrix if shift is None else torch.addmm(shift, x, matrix)
 
-    if zeros or not _multiplies_first(x, weight, taps):
-        return affine(_joined(x, taps, zeros), _matrix(weight))
+    if zeros:
+        x, taps = _with_zeros(x, taps)
+    if not _multiplies_first(x, weight, taps):
+        joined = _joined(x, taps)
+        return affine(joined, _matrix(weight)), joined
     z = affine(x, weight[:, :, 0].T).index_select(0, taps[0])
     for j in range(1, weight.shape[2]):
         z.add_((x @ weight[:, :, j].T).index_select(0, taps[j]))
-    return z
+    return z, None
 
 
-def conv_backward(
-    dz: Tensor, x: Tensor, weight: Tensor, taps: Tensor, zeros: bool, needs_dx: bool = True
+def _conv_backward(
+    dz: Tensor, x: Tensor, read: Tensor | None, weight: Tensor, taps: Tensor, zeros: bool, needs_dx: bool
 ) -> tuple[Tensor | None, Tensor]:
-    """Gradients of `conv`: dx (N', C) where asked for, dweight (H, C, k)."""
+    """Gradients of `_conv`: dx (N', C) where asked for, dweight (H, C, k)."""
     H, C, k = weight.shape
+    dx: Tensor | None
+
+    if zeros:
+        above, taps = _with_zeros(x, taps)
+        dx, dweight = _conv_backward(dz, above, read, weight, taps, False, needs_dx)
+        return (None if dx is None else dx[:-1]), dweight
 
     def scattered(rows: Tensor, tap: Tensor) -> Tensor:
-        if zeros:
-            rows = torch.where((tap >= 0)[:, None], rows, 0)
-            tap = tap.clamp(min=0)
         return rows.new_zeros(x.shape[0], rows.shape[1]).index_add_(0, tap, rows)
 
-    dx: Tensor | None = None
-    if zeros or not _multiplies_first(x, weight, taps):
-        dweight = (_joined(x, taps, zeros).T @ dz).view(k, C, H).permute(2, 1, 0)
+    dx = None
+    if read is not None:
+        dweight = (read.T @ dz).view(k, C, H).permute(2, 1, 0)
         if needs_dx:
             for part, tap in zip((dz @ _matrix(weight).T).split(C, 1), taps, strict=True):
                 dx = scattered(part, tap) if dx is None else dx.add_(scattered(part, tap))
@@ -137,16 +157,17 @@ def normalised(deviation: Tensor, scale: Tensor, beta: Tensor) -> Tensor:
     return torch.addcmul(wide(beta), deviation, scale)
 
 
-def forward(x: Tensor, levels: Sequence[Level], rows: Sequence[Rows]) -> Tape:
+def forward(x: Tensor, levels: Sequence[Level], rows: Sequence[Rows], keep_z: bool = False) -> Tape:
     """`naive.stack`, with what its backward pass needs.
 
     Args:
         x: (N_0, C).
         levels, rows: from the bottom up.
+        keep_z: the pre-activations too.
     """
-    tape = Tape([], [], [])
+    tape = Tape([], [], [], [], [])
     for i, (level, row) in enumerate(zip(levels, rows, strict=True)):
-        z = conv(x, level.weight.to(x.dtype), row.taps, zeros=_reads_zeros(i, row.taps))
+        z, read = _conv(x, level.weight.to(x.dtype), row.taps, None, _reads_zeros(i, row.taps))
         if level.of_rows:
             stats, deviation = row_stats(z, level, row)
         else:
@@ -154,8 +175,11 @@ def forward(x: Tensor, levels: Sequence[Level], rows: Sequence[Rows]) -> Tape:
             deviation = wide(z) - stats[0]
         x = level.activation.value(normalised(deviation, stats[2], level.beta)).to(z.dtype)
         tape.h.append(x)
-        tape.z.append(z)
+        tape.deviation.append(deviation)
         tape.stats.append(stats)
+        tape.read.append(read)
+        if keep_z:
+            tape.z.append(z)
     return tape
 
 
@@ -191,22 +215,21 @@ def backward(
     dgammas: list[Tensor] = []
     dbetas: list[Tensor] = []
     for i in reversed(range(len(levels))):
-        level, (taps, counts, known, _), z, s = levels[i], rows[i], tape.z[i], Stats(*tape.stats[i])
-        deviation = wide(z) - s.mean
-        y = normalised(deviation, s.scale, level.beta)
-        g = wide(level.activation.gradient(wide(dh), y, wide(tape.h[i])).to(z.dtype))
+        level, (taps, counts, known, _) = levels[i], rows[i]
+        deviation, s, h = tape.deviation[i], Stats(*tape.stats[i]), tape.h[i]
+        y = partial(normalised, deviation, s.scale, level.beta)
+        g = wide(level.activation.gradient(wide(dh), y, wide(h)).to(h.dtype))
         dbeta, dgamma = g.sum(0), (g * deviation).sum(0) * s.rstd
         if level.of_rows:
             total = s.total if known is None else known
             divisor = total - 1 if level.unbiased else total
             correction = torch.addcmul(dbeta / total, deviation, dgamma * s.rstd / divisor)
             w = counted(counts, g)
-            g = g - (correction if w is None else correction.mul_(w))
-        dz = (g * s.scale).to(x.dtype)
+            g = g.sub_(correction if w is None else correction.mul_(w))
+        dz = g.mul_(s.scale).to(x.dtype)
         below = tape.h[i - 1].to(x.dtype) if i else x
-        down, dweight = conv_backward(
-            dz, below, level.weight.to(x.dtype), taps, _reads_zeros(i, taps), i > 0 or needs_dx
-        )
+        zeros, weight = _reads_zeros(i, taps), level.weight.to(x.dtype)
+        down, dweight = _conv_backward(dz, below, tape.read[i], weight, taps, zeros, i > 0 or needs_dx)
         if down is not None:
             dh = down
         dweights.insert(0, dweight)
@@ -223,7 +246,7 @@ def stack_forward(
     x: Tensor, levels: Sequence[Level], rows: Sequence[Rows]
 ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
     """(N_L, H_L) activations; per level pre-activations (N, P * H) and statistics (5, P * H)."""
-    tape = forward(x, levels, rows)
+    tape = forward(x, levels, rows, keep_z=True)
     return tape.h[-1], tape.z, tape.stats
 
 
@@ -237,7 +260,13 @@ def stack_backward(
     needs_dx: bool = True,
 ) -> tuple[Tensor | None, list[Tensor], list[Tensor], list[Tensor]]:
     """`backward` from what `stack_forward` returned."""
-    hs = []
-    for level, z, (mean, _, scale, _, _) in zip(levels, zs, stats, strict=True):
-        hs.append(level.activation.value(normalised(wide(z) - mean, scale, level.beta)).to(z.dtype))
-    return backward(dh, x, levels, Tape(hs, list(zs), list(stats)), rows, needs_dx)
+    tape, below = Tape([], [], list(stats), [], []), x
+    for i, (level, z, (mean, _, scale, _, _)) in enumerate(zip(levels, zs, stats, strict=True)):
+        taps = rows[i].taps
+        if _reads_zeros(i, taps):
+            below, taps = _with_zeros(below, taps)
+        tape.read.append(None if _multiplies_first(below, level.weight, taps) else _joined(below, taps))
+        tape.deviation.append(wide(z) - mean)
+        below = level.activation.value(normalised(tape.deviation[i], scale, level.beta)).to(z.dtype)
+        tape.h.append(below)
+    return backward(dh, x, levels, tape, rows, needs_dx)
