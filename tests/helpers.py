@@ -10,22 +10,12 @@ from torch.nn import functional as F
 
 import convwave as cw
 from convwave import reference
+from convwave.verify.compare import CONTRACT as RELATIVE
+from convwave.verify.compare import per_position as per_position
+from convwave.verify.compare import relative_error as relative_error
 
 Module = TypeVar("Module", bound=nn.Module)
 GRAPHS = [cw.windowed_graph, cw.dense_graph, cw.distinct_graph]
-# DESIGN.md's contract for float64: 1e-10 relative. Sums of some 1e4 terms of size 1 round to about 1e-14.
-RELATIVE = 1e-10
-
-
-def per_position(logits: Tensor, graph: cw.Graph) -> Tensor:
-    """Logits of every packed position, whatever the graph."""
-    return logits if graph.inverse is None else logits[graph.inverse]
-
-
-def relative_error(got: Tensor, expected: Tensor) -> float:
-    """Largest absolute difference over the largest absolute value of what was expected."""
-    got, expected = got.detach().double(), expected.detach().double()
-    return float((got - expected).abs().max() / expected.abs().max().clamp(min=1e-30))
 
 
 def randomize(mlp: reference.Sequential, seed: int) -> reference.Sequential:

@@ -122,7 +122,7 @@ def test_a_wrong_cache_is_seen(splits: cw.Splits, vocab: cw.Vocabulary, monkeypa
 
 def test_nan_in_any_tensor_fails(splits: cw.Splits, vocab: cw.Vocabulary, monkeypatch) -> None:
     """A later, finite tensor must not hide it."""
-    for name, checks in [("_gradients", "gradients"), ("_weights", "trajectory")]:
+    for name, checks in [("windowed_gradients", "gradients"), ("windowed_weights", "trajectory")]:
         original = getattr(verification, name)
 
         def poisoned(model, original=original):

@@ -72,6 +72,7 @@ def recompute_statistics(model: ConvWave, graph: Graph) -> None:
     norms = [block.norm for block in model.layers]
     momentum = [norm.momentum for norm in norms]
     for norm in norms:
+        norm.reset_running_stats()
         norm.momentum = 1.0
     with torch.no_grad():
         model.train()(graph)

@@ -23,7 +23,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from convwave import reference
 from convwave.convert import to_windowed
@@ -34,13 +33,27 @@ from convwave.nn import ConvWave
 from convwave.ops import functional
 from convwave.ops.library import available_backends
 from convwave.train.loop import threads
+from convwave.verify.compare import (
+    CONTRACT,
+    first_row,
+    float32_bound,
+    graph_activations,
+    largest,
+    literal_rows,
+    per_position,
+    relative_error,
+    windowed_activations,
+    windowed_gradients,
+    windowed_logits,
+    windowed_step,
+    windowed_weights,
+)
 
 GRAPHS: dict[str, Callable[..., Graph]] = {
     "windowed": windowed_graph,
     "dense": dense_graph,
     "distinct": distinct_graph,
 }
-CONTRACT = 1e-10
 TRAJECTORY = 1e-9
 # the most window tokens that are evaluated at once: bounds the memory of the windowed network
 MOST_TOKENS = 2**16
@@ -197,11 +210,11 @@ class _Verifier:
             if torch.float64 in self._truths and not rounded:  # the same weights, so the same truth
                 expected = self._truths[torch.float64][0]
             else:
-                expected = _in_chunks(self.evaluated, self.model.context, partial(_windowed_logits, truth.eval()))
+                expected = _in_chunks(self.evaluated, self.model.context, partial(windowed_logits, truth.eval()))
             bound = CONTRACT
             if dtype != torch.float64:
-                theirs = _in_chunks(self.evaluated, self.model.context, partial(_windowed_logits, own.eval()))
-                bound = _float32_bound(_relative(theirs, expected))
+                theirs = _in_chunks(self.evaluated, self.model.context, partial(windowed_logits, own.eval()))
+                bound = float32_bound(relative_error(theirs, expected))
             self._truths[dtype] = expected, bound
         return self._truths[dtype]
 
@@ -226,24 +239,24 @@ class _Verifier:
     def _training(self, arithmetic: Arithmetic, packed: Packed, title: str, counts: Tensor | None) -> Iterator[Check]:
         dtype = arithmetic.dtype
         truth, own = self._references(dtype)
-        expected, expected_loss, expected_gradients = _windowed_step(truth.train(), packed, counts)
+        expected, expected_loss, expected_gradients = windowed_step(truth.train(), packed, counts)
         bounds = dict.fromkeys(("logits", "loss", "gradients"), CONTRACT)
         if dtype != torch.float64:
-            theirs, their_loss, their_gradients = _windowed_step(own.train(), packed, counts)
-            worst = max(_relative(a, b) for a, b in zip(their_gradients, expected_gradients, strict=True))
+            theirs, their_loss, their_gradients = windowed_step(own.train(), packed, counts)
+            worst = max(relative_error(a, b) for a, b in zip(their_gradients, expected_gradients, strict=True))
             bounds = {
-                "logits": _float32_bound(_relative(theirs, expected)),
-                "loss": _float32_bound(_relative(their_loss, expected_loss)),
-                "gradients": _float32_bound(worst),
+                "logits": float32_bound(relative_error(theirs, expected)),
+                "loss": float32_bound(relative_error(their_loss, expected_loss)),
+                "gradients": float32_bound(worst),
             }
-        rows = _rows(len(packed), counts)
+        rows = literal_rows(len(packed), counts)
         for kind, make in GRAPHS.items():
             model = self._model(arithmetic).train()
             graph = make(packed, factors=model.factors, counts=counts).to(self.device)
             logits = model(graph)
             loss = functional.loss(logits, graph)
             loss.backward()
-            got = _per_position(logits, graph).detach().cpu()[rows]
+            got = per_position(logits, graph).detach().cpu()[rows]
             where = f"{kind}, {title}, {arithmetic}"
 
             text = f"{len(rows):,} windows {title}, {kind} graph with the windowed network"
@@ -255,9 +268,7 @@ class _Verifier:
             yield self._tensors(
                 f"gradients, training, {where}",
                 f"all {len(expected_gradients)} parameters, {text}",
-                dict(
-                    zip(_parameter_names(model), zip(_gradients(model), expected_gradients, strict=True), strict=True)
-                ),
+                named_pairs(model, windowed_gradients(model), expected_gradients),
                 bounds["gradients"],
                 dtype,
             )
@@ -276,7 +287,7 @@ class _Verifier:
         expected = run_windowed(truth)
         bound = CONTRACT
         if dtype != torch.float64:
-            bound = _float32_bound(max(_relative(a, b) for a, b in zip(run_windowed(own), expected, strict=True)))
+            bound = float32_bound(max(relative_error(a, b) for a, b in zip(run_windowed(own), expected, strict=True)))
         for kind, make in GRAPHS.items():
             model = self._model(arithmetic).train()
             graph = make(packed, factors=model.factors).to(self.device)
@@ -359,7 +370,7 @@ class _Verifier:
                     change = float((got - base)[before].abs().max())
                     if not change <= changed:
                         changed = math.inf if math.isnan(change) else change
-                        first = first or _place(packed, _first_row(got, base, before), self.vocabulary)
+                        first = first or _place(packed, first_row(got, base, before), self.vocabulary)
                 planted = Packed(torch.where(here, V, packed.tokens), packed.targets, packed.cu_seqlens)
                 got = self._logits_of(make, poisoned, planted)
                 affected = got.isnan().any(1)
@@ -414,11 +425,11 @@ class _Verifier:
                 loss = functional.loss(model(graph), graph)
                 loss.backward()
                 optimizer.step()
-                largest_loss = max(largest_loss, _largest(loss.detach().cpu() - expected))
-        pairs = dict(zip(_parameter_names(model), zip(_weights(model), mlp.parameters(), strict=True), strict=True))
+                largest_loss = max(largest_loss, largest(loss.detach().cpu() - expected))
+        pairs = named_pairs(model, windowed_weights(model), mlp.parameters())
         error, where = 0.0, ""
         for name, (got, truth) in pairs.items():
-            difference = _largest(got.detach().cpu() - truth.detach())
+            difference = largest(got.detach().cpu() - truth.detach())
             if difference > error:
                 error, where = difference, f"{name}; losses differ by up to {largest_loss:.1e}"
         scale = max(float(truth.detach().abs().max()) for _, truth in pairs.values())
@@ -446,7 +457,7 @@ class _Verifier:
 
     @torch.no_grad()
     def _logits(self, graph: Graph, model: ConvWave) -> Tensor:
-        return _per_position(model(graph.to(self.device)), graph).cpu()
+        return per_position(model(graph.to(self.device)), graph).cpu()
 
     def _logits_of(self, make: Callable[..., Graph], model: ConvWave, packed: Packed) -> Tensor:
         return self._logits(make(packed, factors=model.factors), model)
@@ -481,12 +492,12 @@ class _Verifier:
     ) -> Check:
         scale = float(expected.abs().max())
         difference = (got.double() - expected.double()).abs()
-        error = _largest(difference)
+        error = largest(difference)
         where = ""
         if locate is not None and error > bound * scale:
             bad = ~(difference <= bound * scale)
             where = locate(int(bad.flatten(1).any(1).nonzero()[0]))
-        relative = _relative(got, expected)
+        relative = relative_error(got, expected)
         return Check(name + self.suffix, compared, error, relative, bound * scale, _origin(dtype, bound), where)
 
     def _tensors(
@@ -509,15 +520,15 @@ class _Verifier:
         In training mode compared rows are windows, each as often as it counts; otherwise they are positions.
         """
         training, dtype = model.training, model.head.weight.dtype
-        rows = _rows(len(packed), counts)
+        rows = literal_rows(len(packed), counts)
         position = int(rows[index])
         if not training:
             rows, index = torch.tensor([position]), 0
         truth, _ = self._references(dtype)
         windows = reference.build_windows(packed, model.context).inputs
-        expected = _windowed_activations(truth.train(training), windows[rows])
+        expected = windowed_activations(truth.train(training), windows[rows])
         graph = make(packed, factors=model.factors, counts=counts)
-        got = _graph_activations(copy.deepcopy(model), graph.to(self.device))
+        got = graph_activations(copy.deepcopy(model), graph.to(self.device))
         nodes = torch.tensor([position if graph.inverse is None else int(graph.inverse[position])])
         of_level: list[Tensor] = []
         for taps in reversed(graph.taps):
@@ -534,48 +545,6 @@ class _Verifier:
         return f"{place}, head"
 
 
-@torch.no_grad()
-def _windowed_activations(mlp: reference.Sequential, windows: Tensor) -> list[Tensor]:
-    activations, x = [], windows
-    for layer in mlp.layers:
-        x = layer(x)
-        if isinstance(layer, reference.Tanh):
-            activations.append(x)
-    return activations
-
-
-@torch.no_grad()
-def _graph_activations(model: ConvWave, graph: Graph) -> list[Tensor]:
-    activations = []
-    h = model.embedding(graph.tokens)
-    for block, taps, weights, total in zip(model.layers, graph.taps, graph.weights, graph.totals, strict=True):
-        h = block(h, taps, weights, total)
-        activations.append(h)
-    return activations
-
-
-@torch.no_grad()
-def _windowed_logits(mlp: reference.Sequential, packed: Packed) -> Tensor:
-    return mlp(reference.build_windows(packed, mlp.block_size).inputs)
-
-
-def _windowed_step(
-    mlp: reference.Sequential, packed: Packed, counts: Tensor | None
-) -> tuple[Tensor, Tensor, list[Tensor]]:
-    """Logits, loss and gradients over every window as often as it counts, literally."""
-    windows = reference.build_windows(packed, mlp.block_size)
-    rows = _rows(len(packed), counts)
-    logits = mlp(windows.inputs[rows])
-    loss = F.cross_entropy(logits, windows.targets[rows])
-    gradients = torch.autograd.grad(loss, mlp.parameters())
-    return logits.detach(), loss.detach(), list(gradients)
-
-
-def _rows(positions: int, counts: Tensor | None) -> Tensor:
-    rows = torch.arange(positions)
-    return rows if counts is None else rows.repeat_interleave(counts)
-
-
 def _in_chunks(packed: Packed, context: int, evaluate: Callable[[Packed], Tensor]) -> Tensor:
     """(N, V) logits, computed over so many words at a time that their windows fit MOST_TOKENS."""
     size = max(1, MOST_TOKENS // context * packed.num_words // len(packed))
@@ -583,61 +552,10 @@ def _in_chunks(packed: Packed, context: int, evaluate: Callable[[Packed], Tensor
     return torch.cat([evaluate(packed.select(part)) for part in words.split(size)])
 
 
-def _per_position(logits: Tensor, graph: Graph) -> Tensor:
-    return logits if graph.inverse is None else logits[graph.inverse.to(logits.device)]
-
-
-def _parameter_names(model: ConvWave) -> list[str]:
-    """Names of the convolution's parameters in the order of the windowed network's."""
-    names = ["embedding.weight"]
-    for level in range(model.levels):
-        names += [f"blocks.{level}.conv.weight", f"blocks.{level}.norm.weight", f"blocks.{level}.norm.bias"]
-    return [*names, "head.weight", "head.bias"]
-
-
-def _weights(model: ConvWave) -> list[Tensor]:
-    """The parameters in the windowed network's order and layouts."""
-    parameters = dict(model.named_parameters())
-    return [_as_windowed(name, parameters[name]) for name in _parameter_names(model)]
-
-
-def _gradients(model: ConvWave) -> list[Tensor]:
-    parameters = dict(model.named_parameters())
-    gradients = {name: parameters[name].grad for name in _parameter_names(model)}
-    return [_as_windowed(name, gradient) for name, gradient in gradients.items() if gradient is not None]
-
-
-def _as_windowed(name: str, tensor: Tensor) -> Tensor:
-    """A convolution weight (H, C, k) as (k * C, H); the head (V, H) as (H, V); others as they are."""
-    if name == "head.weight":
-        return tensor.T
-    return tensor.permute(2, 1, 0).flatten(0, 1) if tensor.ndim == 3 else tensor
-
-
-def _largest(difference: Tensor) -> float:
-    """The largest absolute value; NaN counts as infinite, so that no maximum loses it."""
-    return float(difference.abs().nan_to_num(nan=math.inf).max())
-
-
-def _relative(got: Tensor, expected: Tensor) -> float:
-    """The largest difference over the largest expected value; 0 where both are 0."""
-    error, scale = _largest(got.double() - expected.double()), float(expected.abs().max())
-    return error / scale if scale else math.inf if error else 0.0
-
-
-def _float32_bound(error: float) -> float:
-    """Four times the windowed network's own error; not below the rounding of one number, which chance may undercut."""
-    return 4 * max(error, 2.0**-24)
-
-
 def _origin(dtype: torch.dtype, bound: float) -> str:
     if dtype == torch.float64:
         return f"contract: {CONTRACT:g} relative"
     return f"4 x the windowed network's own float32 error ({bound / 4:.1e} relative)"
-
-
-def _first_row(got: Tensor, expected: Tensor, among: Tensor) -> int:
-    return int((~((got - expected).abs().amax(1) == 0) & among).nonzero()[0])
 
 
 def _place(packed: Packed, row: int, vocabulary: Vocabulary) -> str:
