@@ -40,6 +40,7 @@ from convwave.verify.compare import (
     graph_activations,
     largest,
     literal_rows,
+    named_pairs,
     per_position,
     relative_error,
     windowed_activations,
