@@ -45,47 +45,88 @@ class Mutant:
 
 
 MUTANTS = [
-    Mutant("taps swapped", "ops.naive", "weight.permute(2, 1, 0)", "weight.flip(2).permute(2, 1, 0)"),
+    Mutant(
+        "taps swapped",
+        "ops.stack",
+        "weight.permute(2, 1, 0).reshape(k * C, H)",
+        "weight.flip(2).permute(2, 1, 0).reshape(k * C, H)",
+    ),
+    Mutant("definition: taps swapped", "ops.naive", "weight.permute(2, 1, 0)", "weight.flip(2).permute(2, 1, 0)"),
     Mutant(
         "one tap's matrix used twice where products are gathered",
-        "ops.naive",
-        "(h @ weight[:, :, j].T)",
-        "(h @ weight[:, :, j - 1].T)",
+        "ops.stack",
+        "z.add_((x @ weight[:, :, j].T)",
+        "z.add_((x @ weight[:, :, j - 1].T)",
     ),
     Mutant(
         "zero padding at the first position",
-        "ops.naive",
-        "[h.index_select(0, tap) for tap in taps]",
-        "[h.index_select(0, t) * (1 - (t == taps[-1]).to(h) * (j + 1 < k))[:, None] for j, t in enumerate(taps)]",
+        "ops.stack",
+        "[gather(x, tap) if zeros else x.index_select(0, tap) for tap in taps]",
+        "[x.index_select(0, t) * (1 - (t == taps[-1]).to(x) * (j + 1 < len(taps)))[:, None] for j, t in enumerate(taps)]",
     ),
-    Mutant("weights ignored in the mean", "ops.level", "(w * z).sum(0) / total", "z.mean(0)"),
-    Mutant("weights ignored in the variance", "ops.level", "(w * deviation.square()).sum(0) / divisor", "z.var(0)"),
-    Mutant("weights squared in the variance", "ops.level", "(w * deviation.square())", "((w * deviation).square())"),
     Mutant(
-        "weights ignored in the backward pass", "ops.naive", "correction.mul_(weights.to(g.dtype)[:, None])", "pass"
+        "weights ignored in the mean",
+        "ops.stack",
+        "mean = z.mean(0) if w is None else (w * z).sum(0) / total",
+        "mean = z.mean(0)",
     ),
+    Mutant("definition: counts ignored in the mean", "ops.naive", "mean = (w * z).sum(0) / total", "mean = z.mean(0)"),
+    Mutant(
+        "weights ignored in the variance",
+        "ops.stack",
+        "squares = deviation.square() if w is None else w * deviation.square()",
+        "squares = deviation.square()",
+    ),
+    Mutant(
+        "definition: counts ignored in the variance",
+        "ops.naive",
+        "(w * (z - mean).square()).sum(0)",
+        "(z - mean).square().sum(0)",
+    ),
+    Mutant(
+        "weights squared in the variance", "ops.stack", "else w * deviation.square()", "else (w * deviation).square()"
+    ),
+    Mutant("weights ignored in the backward pass", "ops.stack", "correction.mul_(w)", "correction"),
     Mutant(
         "weights multiply the gradient too",
-        "ops.naive",
-        "g.sub_(correction)",
-        "g.mul_(weights.to(g.dtype)[:, None] if weights is not None else 1).sub_(correction)",
+        "ops.stack",
+        "g = g - (correction",
+        "g = (g if w is None else g * w) - (correction",
     ),
-    Mutant("no gradient through the mean", "ops.naive", "torch.addcmul(dbeta / ctx.total,", "torch.addcmul(0 * dbeta,"),
-    Mutant("no gradient through the variance", "ops.naive", "dgamma * rstd / ctx.divisor)", "0 * dgamma)"),
+    Mutant("no gradient through the mean", "ops.stack", "torch.addcmul(dbeta / total,", "torch.addcmul(0 * dbeta,"),
+    Mutant("no gradient through the variance", "ops.stack", "dgamma * s.rstd / divisor)", "0 * dgamma)"),
     Mutant(
         "biased for unbiased in the backward pass",
-        "ops.naive",
-        "dgamma * rstd / ctx.divisor)",
-        "dgamma * rstd / ctx.total)",
+        "ops.stack",
+        "divisor = total - 1 if level.unbiased else total",
+        "divisor = total",
     ),
-    Mutant("derivative of tanh forgotten", "ops.naive", "torch.ops.aten.tanh_backward(dh, h)", "dh.clone()"),
-    Mutant("biased for unbiased", "ops.naive", "total - 1 if unbiased else total\n", "total\n"),
-    Mutant("unbiased for biased", "ops.naive", "total - 1 if unbiased else total\n", "total - 1\n"),
+    Mutant(
+        "unbiased for biased in the backward pass",
+        "ops.stack",
+        "divisor = total - 1 if level.unbiased else total",
+        "divisor = total - 1",
+    ),
+    Mutant("derivative of tanh forgotten", "ops.level", "torch.ops.aten.tanh_backward(da, a)", "da.clone()"),
+    Mutant(
+        "biased for unbiased",
+        "ops.stack",
+        "squares.sum(0) / (total - 1 if level.unbiased else total)",
+        "squares.sum(0) / total",
+    ),
+    Mutant("definition: biased for unbiased", "ops.naive", "total - 1 if unbiased else total", "total"),
+    Mutant(
+        "unbiased for biased",
+        "ops.stack",
+        "squares.sum(0) / (total - 1 if level.unbiased else total)",
+        "squares.sum(0) / (total - 1)",
+    ),
+    Mutant("definition: unbiased for biased", "ops.naive", "total - 1 if unbiased else total", "total - 1"),
     Mutant(
         "running variance biased",
         "ops.level",
-        "    tracked = var\n",
-        "    tracked = var * (total - 1) / total\n",
+        "level.running_var.lerp_(var.to(",
+        "level.running_var.lerp_((var * (total - 1) / total if level.unbiased else var).to(",
     ),
     Mutant(
         "running variance of the biased kind not corrected",
@@ -95,19 +136,51 @@ MUTANTS = [
     ),
     Mutant("running mean not tracked", "ops.level", "running_mean.lerp_", "running_mean.clone().lerp_"),
     Mutant(
-        "momentum of the wrong side", "ops.level", "running_var.dtype), momentum)", "running_var.dtype), 1 - momentum)"
+        "momentum of the wrong side",
+        "ops.level",
+        "level.running_var.dtype), level.momentum)",
+        "level.running_var.dtype), 1 - level.momentum)",
     ),
-    Mutant("eps forgotten", "ops.naive", "rstd = torch.rsqrt(var + eps)", "rstd = torch.rsqrt(var)"),
-    Mutant("eps outside the root", "ops.naive", "rstd = torch.rsqrt(var + eps)", "rstd = 1 / (var.sqrt() + eps)"),
+    Mutant("eps forgotten", "ops.stack", "rstd = torch.rsqrt(var + level.eps)", "rstd = torch.rsqrt(var)"),
+    Mutant("definition: eps forgotten", "ops.naive", "rstd = torch.rsqrt(var + level.eps)", "rstd = torch.rsqrt(var)"),
+    Mutant(
+        "eps outside the root",
+        "ops.stack",
+        "rstd = torch.rsqrt(var + level.eps)",
+        "rstd = 1 / (var.sqrt() + level.eps)",
+    ),
     Mutant(
         "eps forgotten in evaluation",
-        "ops.naive",
-        "norm_weight * torch.rsqrt(running_var + eps)",
-        "norm_weight * torch.rsqrt(running_var)",
+        "ops.fold",
+        "level.gamma * torch.rsqrt(level.running_var + level.eps)",
+        "level.gamma * torch.rsqrt(level.running_var)",
     ),
-    Mutant("running mean forgotten in evaluation", "ops.naive", "norm_bias - running_mean * scale", "norm_bias"),
+    Mutant(
+        "eps forgotten in evaluation with gradients",
+        "ops.fold",
+        "rstd = torch.rsqrt(var + level.eps)",
+        "rstd = torch.rsqrt(var)",
+    ),
+    Mutant("running mean forgotten in evaluation", "ops.fold", "level.beta - level.running_mean * scale", "level.beta"),
     Mutant("loss ignores the counts", "ops.functional", "nll * graph.target_counts.to(nll.dtype)", "nll"),
-    Mutant("loss divided by the rows", "ops.functional", "/ graph.totals[-1]", "/ nll.numel()"),
+    Mutant(
+        "loss ignores the counts of a distinct graph",
+        "ops.functional",
+        "nll = counts.to(logits.dtype)",
+        "nll = counts.sign().to(logits.dtype)",
+    ),
+    Mutant(
+        "loss divided by the rows",
+        "ops.functional",
+        "nll.dtype)).sum() / graph.totals[-1]",
+        "nll.dtype)).sum() / nll.numel()",
+    ),
+    Mutant(
+        "loss of a distinct graph divided by the rows",
+        "ops.functional",
+        "return nll.sum() / graph.totals[-1]",
+        "return nll.sum() / nll.shape[0]",
+    ),
     Mutant(
         "clamp off by one",
         "data.graph",
@@ -124,8 +197,8 @@ MUTANTS = [
     Mutant(
         "newest tap one late",
         "data.graph",
-        "range((kernel_size - 1) * dilation, -1, -dilation)",
-        "range(kernel_size * dilation, 0, -dilation)",
+        "range((kernel_size - 1) * dilation, -1, -dilation):\n        row",
+        "range(kernel_size * dilation, 0, -dilation):\n        row",
     ),
     Mutant("counts not propagated", "data.graph", "below.index_add_(0, tap, weights[0])", "below.fill_(1)"),
     Mutant("counts propagated along one tap", "data.graph", "for tap in taps[level]:", "for tap in taps[level][:1]:"),
@@ -172,7 +245,7 @@ MUTANTS = [
         "starts = self.cu_seqlens[words]\n",
         "starts = self.cu_seqlens[words] + 1\n",
     ),
-    Mutant("statistics over positions for windows", "nn", "block(h, taps, weights, total) if", "block(h, taps) if"),
+    Mutant("statistics over positions for windows", "nn", 'counted = self.statistics == "windows"', "counted = False"),
     Mutant("tap and channel mixed up in conversion", "convert", "view(H, k, C).transpose(1, 2)", "view(H, C, k)"),
     Mutant(
         "tap and channel mixed up in conversion back",
@@ -270,7 +343,12 @@ MUTANTS = [
         "alpha=step - self._begin[stage] + 1",
         "alpha=step % 3",
     ),
-    Mutant("inference: BatchNorm's mean not subtracted", "infer.score", " - norm.running_mean * scale", ""),
+    Mutant(
+        "inference: BatchNorm's mean not subtracted",
+        "infer.score",
+        "2 * matrix.permute(2, 1, 0), 2 * shift",
+        "2 * matrix.permute(2, 1, 0), 2 * block.norm.bias",
+    ),
     Mutant(
         "inference: the last block cut short", "infer.score", "n = min(rows, N - start)", "n = min(rows, N - start - 1)"
     ),
@@ -288,8 +366,8 @@ MUTANTS += [
     Mutant(
         "kernel: weights ignored in the statistics",
         "kernels.forward",
-        "load_weights(counts_ptr, o_t, m_t, COUNTS)",
-        "load_weights(counts_ptr, o_t, m_t, False)",
+        "load_counts(counts_ptr, o_t, m_t)",
+        "load_counts(None, o_t, m_t)",
     ),
     Mutant(
         "kernel: means of tiles taken for equal",
@@ -300,18 +378,13 @@ MUTANTS += [
     Mutant(
         "kernel: only the first program's statistics",
         "kernels.primitives",
-        "b_n = tl.load(p_p, mask=m_p, other=0",
-        "b_n = tl.load(p_p, mask=m_p & (o_p < 1)[:, None], other=0",
+        'b_n = tl.load(p_p, mask=m_p, other=0, cache_modifier=".cg")  # [BP, BH]',
+        "b_n = tl.load(p_p, mask=m_p & (o_p < 1)[:, None], other=0)",
     ),
     Mutant("kernel: finished by the first program", "kernels.primitives", "== programs - 1", "== 0"),
     Mutant("kernel: biased for unbiased", "kernels.primitives", "b_var = b_m2 / (n - 1)", "b_var = b_m2 / n"),
     Mutant("kernel: a tanh that is 1e-4 off", "kernels.primitives", "+ s * 0.01643758", "+ s * 0.02"),
-    Mutant(
-        "kernel: weights ignored in the backward pass",
-        "kernels.backward",
-        "b_w[:, None] * (b_center",
-        "1.0 * (b_center",
-    ),
+    Mutant("kernel: weights ignored in the backward pass", "kernels.backward", "b_w * (b_center", "1.0 * (b_center"),
     Mutant(
         "kernel: no gradient through the variance",
         "kernels.backward",
@@ -333,7 +406,7 @@ MUTANTS += [
     Mutant(
         "kernel: derivative of the tanh below forgotten",
         "kernels.backward",
-        "b_dx = b_dx * (1 - b_h * b_h)",
+        "b_dx = BELOW_GRADIENT(b_dx, b_y, BELOW_ACTIVATION(b_y))",
         "b_dx = b_dx * 1.0",
     ),
     Mutant(
@@ -346,8 +419,13 @@ MUTANTS += [
         "pass",
     ),
     Mutant("kernel: gradient's row stride ignored", "kernels.activate", "dh.stride(0),", "C,"),
-    Mutant("op: gradient of gamma is beta's", "ops.library", "zip(dgammas, betas", "zip(dbetas, betas"),
-    Mutant("op: statistics recomputed in evaluation mode", "ops.library", "not fixed,\n", "True,\n"),
+    Mutant(
+        "op: gradient of gamma is beta's",
+        "ops.library",
+        "in zip(lists, parameters, strict=True)",
+        "in zip([lists[0], lists[2], lists[2]], parameters, strict=True)",
+    ),
+    Mutant("op: statistics recomputed in evaluation mode", "ops.library", "training=o.training[i],", "training=True,"),
 ]
 
 
