@@ -1,6 +1,6 @@
 """A suite that can fail: plausible faults planted one at a time, each of which the tests must catch.
 
-    python -m tests.mutation NAME      plant one fault, run the tests in a process of its own
+    python -m tests.mutation NAME ..   plant some faults, each in a process of its own, and print what sees them
     python -m tests.mutation --report  plant every fault, write tests/MUTANTS.md, also with what `convwave verify` sees
 
 `test_mutation.py` plants them all. The faults live in memory only: files are not touched.
@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import importlib.machinery
 import importlib.util
+import json
 import multiprocessing
 import os
 import re
@@ -17,26 +18,34 @@ import sys
 import tempfile
 import traceback
 from collections.abc import Sequence
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from importlib.abc import MetaPathFinder
+from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from types import ModuleType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 ROOT = Path(__file__).resolve().parent.parent
+TABLE = ROOT / "tests/MUTANTS.md"
+GENERATED = ROOT / "tests/generated_mutants.json"  # by generate_mutants.py
+SECONDS = 300  # after which a fault is taken to hang
+
+# Where a fault is looked for that MUTANTS.md names no test for, quick files first.
 TESTS = [
     f"tests/test_{name}.py"
-    for name in ("equivalence", "graph", "generation", "convert", "evaluation", "data", "closed_form")
+    for name in (
+        *("frozen", "graph", "batches", "evaluation", "sampling", "generation", "per_level", "equivalence"),
+        *("convert", "data", "runs", "closed_form", "ops"),
+    )
 ]
-
 # of modules that those do not reach
-OWN_TESTS = {"kernels": ["tests/test_kernels.py"], "ops.library": ["tests/test_ops.py"]}
+_KERNELS = "tanh numbers_of_rows taps zeros very_many far_from_zero any_strides more_programs widths nobody_asks"
+OWN_TESTS = {"kernels": ["tests/test_kernels.py", "-k", " or ".join(_KERNELS.split())]}
 
 
 @dataclass(frozen=True)
 class Mutant:
-    """One fault: a piece of a module's source replaced by another."""
+    """One fault: a piece of a module's source, which occurs there once, replaced by another."""
 
     name: str
     module: str
@@ -44,48 +53,95 @@ class Mutant:
     new: str
 
 
+def source_of(module: str) -> Path:
+    """The file of a module of convwave."""
+    where = module.replace(".", "/")
+    return (ROOT / (where if where.startswith("kernels/") else f"convwave/{where}")).with_suffix(".py")
+
+
 MUTANTS = [
-    Mutant("taps swapped", "ops.naive", "weight.permute(2, 1, 0)", "weight.flip(2).permute(2, 1, 0)"),
+    Mutant(
+        "taps swapped",
+        "ops.stack",
+        "weight.permute(2, 1, 0).reshape(k * C, H)",
+        "weight.flip(2).permute(2, 1, 0).reshape(k * C, H)",
+    ),
+    Mutant("definition: taps swapped", "ops.naive", "weight.permute(2, 1, 0)", "weight.flip(2).permute(2, 1, 0)"),
     Mutant(
         "one tap's matrix used twice where products are gathered",
-        "ops.naive",
-        "(h @ weight[:, :, j].T)",
-        "(h @ weight[:, :, j - 1].T)",
+        "ops.stack",
+        "z.add_((x @ weight[:, :, j].T)",
+        "z.add_((x @ weight[:, :, j - 1].T)",
     ),
     Mutant(
         "zero padding at the first position",
-        "ops.naive",
-        "[h.index_select(0, tap) for tap in taps]",
-        "[h.index_select(0, t) * (1 - (t == taps[-1]).to(h) * (j + 1 < k))[:, None] for j, t in enumerate(taps)]",
+        "ops.stack",
+        "[gather(x, tap) if zeros else x.index_select(0, tap) for tap in taps]",
+        "[x[t] * (1 - (t == taps[-1]).to(x) * (j + 1 < len(taps)))[:, None] for j, t in enumerate(taps)]",
     ),
-    Mutant("weights ignored in the mean", "ops.level", "(w * z).sum(0) / total", "z.mean(0)"),
-    Mutant("weights ignored in the variance", "ops.level", "(w * deviation.square()).sum(0) / divisor", "z.var(0)"),
-    Mutant("weights squared in the variance", "ops.level", "(w * deviation.square())", "((w * deviation).square())"),
     Mutant(
-        "weights ignored in the backward pass", "ops.naive", "correction.mul_(weights.to(g.dtype)[:, None])", "pass"
+        "weights ignored in the mean",
+        "ops.stack",
+        "mean = z.mean(0) if w is None else (w * z).sum(0) / total",
+        "mean = z.mean(0)",
     ),
+    Mutant("definition: counts ignored in the mean", "ops.naive", "mean = (w * z).sum(0) / total", "mean = z.mean(0)"),
+    Mutant(
+        "weights ignored in the variance",
+        "ops.stack",
+        "squares = deviation.square() if w is None else w * deviation.square()",
+        "squares = deviation.square()",
+    ),
+    Mutant(
+        "definition: counts ignored in the variance",
+        "ops.naive",
+        "(w * (z - mean).square()).sum(0)",
+        "(z - mean).square().sum(0)",
+    ),
+    Mutant(
+        "weights squared in the variance", "ops.stack", "else w * deviation.square()", "else (w * deviation).square()"
+    ),
+    Mutant("weights ignored in the backward pass", "ops.stack", "correction.mul_(w)", "correction"),
     Mutant(
         "weights multiply the gradient too",
-        "ops.naive",
-        "g.sub_(correction)",
-        "g.mul_(weights.to(g.dtype)[:, None] if weights is not None else 1).sub_(correction)",
+        "ops.stack",
+        "g = g - (correction",
+        "g = (g if w is None else g * w) - (correction",
     ),
-    Mutant("no gradient through the mean", "ops.naive", "torch.addcmul(dbeta / ctx.total,", "torch.addcmul(0 * dbeta,"),
-    Mutant("no gradient through the variance", "ops.naive", "dgamma * rstd / ctx.divisor)", "0 * dgamma)"),
+    Mutant("no gradient through the mean", "ops.stack", "torch.addcmul(dbeta / total,", "torch.addcmul(0 * dbeta,"),
+    Mutant("no gradient through the variance", "ops.stack", "dgamma * s.rstd / divisor)", "0 * dgamma)"),
     Mutant(
         "biased for unbiased in the backward pass",
-        "ops.naive",
-        "dgamma * rstd / ctx.divisor)",
-        "dgamma * rstd / ctx.total)",
+        "ops.stack",
+        "divisor = total - 1 if level.unbiased else total",
+        "divisor = total",
     ),
-    Mutant("derivative of tanh forgotten", "ops.naive", "torch.ops.aten.tanh_backward(dh, h)", "dh.clone()"),
-    Mutant("biased for unbiased", "ops.naive", "total - 1 if unbiased else total\n", "total\n"),
-    Mutant("unbiased for biased", "ops.naive", "total - 1 if unbiased else total\n", "total - 1\n"),
+    Mutant(
+        "unbiased for biased in the backward pass",
+        "ops.stack",
+        "divisor = total - 1 if level.unbiased else total",
+        "divisor = total - 1",
+    ),
+    Mutant("derivative of tanh forgotten", "ops.level", "torch.ops.aten.tanh_backward(da, a)", "da.clone()"),
+    Mutant(
+        "biased for unbiased",
+        "ops.stack",
+        "squares.sum(0) / (total - 1 if level.unbiased else total)",
+        "squares.sum(0) / total",
+    ),
+    Mutant("definition: biased for unbiased", "ops.naive", "total - 1 if unbiased else total", "total"),
+    Mutant(
+        "unbiased for biased",
+        "ops.stack",
+        "squares.sum(0) / (total - 1 if level.unbiased else total)",
+        "squares.sum(0) / (total - 1)",
+    ),
+    Mutant("definition: unbiased for biased", "ops.naive", "total - 1 if unbiased else total", "total - 1"),
     Mutant(
         "running variance biased",
         "ops.level",
-        "    tracked = var\n",
-        "    tracked = var * (total - 1) / total\n",
+        "level.running_var.lerp_(var.to(",
+        "level.running_var.lerp_((var * (total - 1) / total if level.unbiased else var).to(",
     ),
     Mutant(
         "running variance of the biased kind not corrected",
@@ -95,19 +151,51 @@ MUTANTS = [
     ),
     Mutant("running mean not tracked", "ops.level", "running_mean.lerp_", "running_mean.clone().lerp_"),
     Mutant(
-        "momentum of the wrong side", "ops.level", "running_var.dtype), momentum)", "running_var.dtype), 1 - momentum)"
+        "momentum of the wrong side",
+        "ops.level",
+        "level.running_var.dtype), level.momentum)",
+        "level.running_var.dtype), 1 - level.momentum)",
     ),
-    Mutant("eps forgotten", "ops.naive", "rstd = torch.rsqrt(var + eps)", "rstd = torch.rsqrt(var)"),
-    Mutant("eps outside the root", "ops.naive", "rstd = torch.rsqrt(var + eps)", "rstd = 1 / (var.sqrt() + eps)"),
+    Mutant("eps forgotten", "ops.stack", "rstd = torch.rsqrt(var + level.eps)", "rstd = torch.rsqrt(var)"),
+    Mutant("definition: eps forgotten", "ops.naive", "rstd = torch.rsqrt(var + level.eps)", "rstd = torch.rsqrt(var)"),
+    Mutant(
+        "eps outside the root",
+        "ops.stack",
+        "rstd = torch.rsqrt(var + level.eps)",
+        "rstd = 1 / (var.sqrt() + level.eps)",
+    ),
     Mutant(
         "eps forgotten in evaluation",
-        "ops.naive",
-        "norm_weight * torch.rsqrt(running_var + eps)",
-        "norm_weight * torch.rsqrt(running_var)",
+        "ops.fold",
+        "level.gamma * torch.rsqrt(level.running_var + level.eps)",
+        "level.gamma * torch.rsqrt(level.running_var)",
     ),
-    Mutant("running mean forgotten in evaluation", "ops.naive", "norm_bias - running_mean * scale", "norm_bias"),
+    Mutant(
+        "eps forgotten in evaluation with gradients",
+        "ops.fold",
+        "rstd = torch.rsqrt(var + level.eps)",
+        "rstd = torch.rsqrt(var)",
+    ),
+    Mutant("running mean forgotten in evaluation", "ops.fold", "level.beta - level.running_mean * scale", "level.beta"),
     Mutant("loss ignores the counts", "ops.functional", "nll * graph.target_counts.to(nll.dtype)", "nll"),
-    Mutant("loss divided by the rows", "ops.functional", "/ graph.totals[-1]", "/ nll.numel()"),
+    Mutant(
+        "loss ignores the counts of a distinct graph",
+        "ops.functional",
+        "nll = counts.to(logits.dtype)",
+        "nll = counts.sign().to(logits.dtype)",
+    ),
+    Mutant(
+        "loss divided by the rows",
+        "ops.functional",
+        "nll.dtype)).sum() / graph.totals[-1]",
+        "nll.dtype)).sum() / nll.numel()",
+    ),
+    Mutant(
+        "loss of a distinct graph divided by the rows",
+        "ops.functional",
+        "return nll.sum() / graph.totals[-1]",
+        "return nll.sum() / nll.shape[0]",
+    ),
     Mutant(
         "clamp off by one",
         "data.graph",
@@ -124,8 +212,8 @@ MUTANTS = [
     Mutant(
         "newest tap one late",
         "data.graph",
-        "range((kernel_size - 1) * dilation, -1, -dilation)",
-        "range(kernel_size * dilation, 0, -dilation)",
+        "range((kernel_size - 1) * dilation, -1, -dilation):\n        row",
+        "range(kernel_size * dilation, 0, -dilation):\n        row",
     ),
     Mutant("counts not propagated", "data.graph", "below.index_add_(0, tap, weights[0])", "below.fill_(1)"),
     Mutant("counts propagated along one tap", "data.graph", "for tap in taps[level]:", "for tap in taps[level][:1]:"),
@@ -172,7 +260,7 @@ MUTANTS = [
         "starts = self.cu_seqlens[words]\n",
         "starts = self.cu_seqlens[words] + 1\n",
     ),
-    Mutant("statistics over positions for windows", "nn", "block(h, taps, weights, total) if", "block(h, taps) if"),
+    Mutant("statistics over positions for windows", "nn", 'counted = self.statistics == "windows"', "counted = False"),
     Mutant("tap and channel mixed up in conversion", "convert", "view(H, k, C).transpose(1, 2)", "view(H, C, k)"),
     Mutant(
         "tap and channel mixed up in conversion back",
@@ -270,7 +358,12 @@ MUTANTS = [
         "alpha=step - self._begin[stage] + 1",
         "alpha=step % 3",
     ),
-    Mutant("inference: BatchNorm's mean not subtracted", "infer.score", " - norm.running_mean * scale", ""),
+    Mutant(
+        "inference: BatchNorm's mean not subtracted",
+        "infer.score",
+        "2 * matrix.permute(2, 1, 0), 2 * shift",
+        "2 * matrix.permute(2, 1, 0), 2 * block.norm.bias",
+    ),
     Mutant(
         "inference: the last block cut short", "infer.score", "n = min(rows, N - start)", "n = min(rows, N - start - 1)"
     ),
@@ -288,8 +381,8 @@ MUTANTS += [
     Mutant(
         "kernel: weights ignored in the statistics",
         "kernels.forward",
-        "load_weights(counts_ptr, o_t, m_t, COUNTS)",
-        "load_weights(counts_ptr, o_t, m_t, False)",
+        "load_counts(counts_ptr, o_t, m_t)",
+        "load_counts(None, o_t, m_t)",
     ),
     Mutant(
         "kernel: means of tiles taken for equal",
@@ -300,18 +393,13 @@ MUTANTS += [
     Mutant(
         "kernel: only the first program's statistics",
         "kernels.primitives",
-        "b_n = tl.load(p_p, mask=m_p, other=0",
-        "b_n = tl.load(p_p, mask=m_p & (o_p < 1)[:, None], other=0",
+        'b_n = tl.load(p_p, mask=m_p, other=0, cache_modifier=".cg")  # [BP, BH]',
+        "b_n = tl.load(p_p, mask=m_p & (o_p < 1)[:, None], other=0)",
     ),
     Mutant("kernel: finished by the first program", "kernels.primitives", "== programs - 1", "== 0"),
     Mutant("kernel: biased for unbiased", "kernels.primitives", "b_var = b_m2 / (n - 1)", "b_var = b_m2 / n"),
     Mutant("kernel: a tanh that is 1e-4 off", "kernels.primitives", "+ s * 0.01643758", "+ s * 0.02"),
-    Mutant(
-        "kernel: weights ignored in the backward pass",
-        "kernels.backward",
-        "b_w[:, None] * (b_center",
-        "1.0 * (b_center",
-    ),
+    Mutant("kernel: weights ignored in the backward pass", "kernels.backward", "b_w * (b_center", "1.0 * (b_center"),
     Mutant(
         "kernel: no gradient through the variance",
         "kernels.backward",
@@ -333,7 +421,7 @@ MUTANTS += [
     Mutant(
         "kernel: derivative of the tanh below forgotten",
         "kernels.backward",
-        "b_dx = b_dx * (1 - b_h * b_h)",
+        "b_dx = BELOW_GRADIENT(b_dx, b_y, BELOW_ACTIVATION(b_y))",
         "b_dx = b_dx * 1.0",
     ),
     Mutant(
@@ -346,23 +434,234 @@ MUTANTS += [
         "pass",
     ),
     Mutant("kernel: gradient's row stride ignored", "kernels.activate", "dh.stride(0),", "C,"),
-    Mutant("op: gradient of gamma is beta's", "ops.library", "zip(dgammas, betas", "zip(dbetas, betas"),
-    Mutant("op: statistics recomputed in evaluation mode", "ops.library", "not fixed,\n", "True,\n"),
+    Mutant(
+        "op: gradient of gamma is beta's",
+        "ops.library",
+        "in zip(lists, parameters, strict=True)",
+        "in zip([lists[0], lists[2], lists[2]], parameters, strict=True)",
+    ),
+    Mutant("op: statistics recomputed in evaluation mode", "ops.library", "training=o.training[i],", "training=True,"),
 ]
 
+MUTANTS += [
+    # what is common to all tiers, which are compared with one another elsewhere
+    Mutant("draws: contexts ignore the seed", "data.batches", "manual_seed(seed)", "manual_seed(0)"),
+    Mutant(
+        "draws: the order of names is of seed + epoch",
+        "data.batches",
+        "self.plan.seed * 1_000_003 + epoch",
+        "self.plan.seed + epoch",
+    ),
+    Mutant("draws: the order of names ignores the seed", "data.batches", "self.plan.seed * 1_000_003 + epoch", "epoch"),
+    Mutant(
+        "draws: every epoch in the same order",
+        "data.batches",
+        "self.plan.seed * 1_000_003 + epoch",
+        "self.plan.seed * 1_000_003",
+    ),
+    Mutant("draws: batches do not grow", "data.batches", "round(plan.growth * plan.batch)", "plan.batch"),
+    Mutant(
+        "draws: the power of contexts is ignored", "data.batches", "counts.double() ** power", "counts.double() ** 0.5"
+    ),
+    Mutant(
+        "draws: growth in even leaps instead of even ratios",
+        "data.batches",
+        "first * (last / first) ** (stage / max(stages - 1, 1))",
+        "first + (last - first) * (stage / max(stages - 1, 1))",
+    ),
+    Mutant(
+        "draws: noise at the square of its rate",
+        "data.batches",
+        "< self.plan.token_noise\n",
+        "< self.plan.token_noise**2\n",
+    ),
+    Mutant(
+        "draws: noise on the opening 0", "data.batches", "replace &= names.tokens != 0", "replace &= names.tokens >= 0"
+    ),
+    Mutant(
+        "draws: noise is one letter",
+        "data.batches",
+        "torch.randint(0, len(self.packed), (n,)",
+        "torch.randint(0, 1, (n,)",
+    ),
+    Mutant(
+        "draws: windows of the first half only",
+        "data.batches",
+        "torch.randint(0, len(packed), (plan.batch,)",
+        "torch.randint(0, len(packed) // 2, (plan.batch,)",
+    ),
+    Mutant("draws: the recipe's noise forgotten", "train.setup", "recipe.token_noise,", "0.0,"),
+    Mutant("Muon: no weight decay", "train.optim", '1 - lr * group["weight_decay"]', "1"),
+    Mutant("Adam: no weight decay", "train.optim", "betas=betas, weight_decay=decay", "betas=betas, weight_decay=0.0"),
+    Mutant("closed form: Muon's decay forgotten", "train.closed_form", "1 - lr * self.weight_decay", "1"),
+    Mutant("closed form: the recipe's decay forgotten", "train.closed_form", "recipe.weight_decay,", "0.0,"),
+    Mutant(
+        "closed form: the recipe's beta forgotten",
+        "train.closed_form",
+        "(recipe.adam_beta, ADAM_BETA2),",
+        "(0.9, 0.95),",
+    ),
+    Mutant(
+        "closed form: the recipe's number of orthogonal steps forgotten",
+        "train.closed_form",
+        "recipe.orthogonal_steps,",
+        "5,",
+    ),
+    Mutant(
+        "Muon: tall matrices are moved as far as wide ones",
+        "train.optim",
+        "max(1.0, update.shape[0] / update.shape[1]) ** 0.5",
+        "max(1.0, update.shape[1] / update.shape[0]) ** 0.0",
+    ),
+    Mutant(
+        "closed form: tall matrices are moved as far as wide ones",
+        "train.closed_form",
+        "max(1.0, rows / columns) ** 0.5",
+        "1.0",
+    ),
+    Mutant("start: the head of full size", "nn", "std=0.1 * widths[-1] ** -0.5", "std=widths[-1] ** -0.5"),
+    Mutant("start: the head's fan-in forgotten", "nn", "std=0.1 * widths[-1] ** -0.5", "std=0.1"),
+    Mutant("start: one tap's fan-in", "nn", "(self.in_channels * self.kernel_size) ** -0.5", "self.in_channels**-0.5"),
+    Mutant(
+        "start: another seed for the weights", "train.setup", "torch.manual_seed(config.seed)", "torch.manual_seed(0)"
+    ),
+    # generation
+    Mutant(
+        "generation: every batch repeats the names of the first",
+        "infer.generate",
+        "    while True:\n",
+        "    while generator.manual_seed(seed) is not None:\n",
+    ),
+    Mutant(
+        "generation: temperature ignored together with top_k",
+        "infer.generate",
+        ".double() / temperature",
+        ".double() / (temperature if candidates is None else 1.0)",
+    ),
+    Mutant(
+        "generation: top_k takes one more",
+        "infer.generate",
+        "logits.topk(top_k, dim=1)",
+        "logits.topk(top_k + 1, dim=1)",
+    ),
+    Mutant(
+        "generation: draws of top_k taken for letters",
+        "infer.generate",
+        "drawn if candidates is None else candidates.gather(1, drawn)",
+        "drawn",
+    ),
+    # tests weaker than their names
+    Mutant("keys of contexts overflow", "data.graph", "span * bound >= 2**62", "span * bound >= 2**4096"),
+    Mutant("the oldest run taken for the newest", "runs.registry", "st_mtime, default", "st_mtime * -1, default"),
+    Mutant("the last run by name taken for the newest", "runs.registry", "file.stat().st_mtime", "str(file)"),
+    Mutant(
+        "names of the validation split not marked",
+        "cli.model",
+        '"val" if name in val_set',
+        '"val" if name in train_set',
+    ),
+    Mutant("infinite weights are loaded", "nn", "tensor.isfinite().all()", "(tensor == tensor).all()"),
+    Mutant(
+        "infinite counts are taken", "data.graph", "((counts >= 0) & counts.isfinite()).all()", "(counts >= 0).all()"
+    ),
+    # values that are equal at every level
+    Mutant("the eps of the first level at every level", "nn", "epsilons[i],", "epsilons[0],"),
+    Mutant("the momentum of the last level at every level", "nn", "momenta[i],", "momenta[-1],"),
+    Mutant("the variance of the first level at every level", "nn", "kinds[i],", "kinds[0],"),
+    Mutant("op: the eps of the first level at every level", "ops.library", "o.eps[i],", "o.eps[0],"),
+    Mutant(
+        "op: the variance of the first level at every level",
+        "ops.library",
+        "unbiased=o.unbiased[i],",
+        "unbiased=o.unbiased[0],",
+    ),
+    Mutant(
+        "closed form: the eps of the first level at every level",
+        "train.closed_form",
+        "self._eps[level]",
+        "self._eps[0]",
+    ),
+    Mutant(
+        "closed form: the variance of the first level backward",
+        "train.closed_form",
+        "div_(-_variance_divisor(n, self._unbiased[level]))",
+        "div_(-_variance_divisor(n, self._unbiased[0]))",
+    ),
+    Mutant(
+        "momentum of 0.1 whatever is asked for",
+        "ops.level",
+        "level.running_mean.dtype), level.momentum)",
+        "level.running_mean.dtype), 0.1)",
+    ),
+    # seconds, and the split
+    Mutant(
+        "seconds before a resume are lost",
+        "train.loop",
+        "self.losses, self.seconds = state.losses, state.seconds",
+        "self.losses = state.losses",
+    ),
+    Mutant("the split rounds to the nearest", "data.packing", "int(0.8 * len(shuffled))", "round(0.8 * len(shuffled))"),
+    Mutant("the validation split rounds up", "data.packing", "int(0.9 * len(shuffled))", "-(-9 * len(shuffled) // 10)"),
+    Mutant("another shuffle of the words", "data.packing", "seed: int = 42", "seed: int = 43"),
+    # partial results of more programs than are merged at once, tiles that count 0 times
+    Mutant(
+        "kernel: only 16 programs' sums",
+        "kernels.primitives",
+        "    b_dgamma = tl.zeros([BC], dtype=tl.float32)\n    for i_p in range(0, P, BP):",
+        "    b_dgamma = tl.zeros([BC], dtype=tl.float32)\n    for i_p in range(0, BP, BP):",
+    ),
+    Mutant(
+        "kernel: only 16 programs' means",
+        "kernels.primitives",
+        "    b_sum = tl.zeros([BH], dtype=tl.float32)\n    for i_p in range(0, P, BP):",
+        "    b_sum = tl.zeros([BH], dtype=tl.float32)\n    for i_p in range(0, BP, BP):",
+    ),
+    Mutant(
+        "kernel: only 16 programs' squares",
+        "kernels.primitives",
+        "    b_m2 = tl.zeros([BH], dtype=tl.float32)\n    for i_p in range(0, P, BP):",
+        "    b_m2 = tl.zeros([BH], dtype=tl.float32)\n    for i_p in range(0, BP, BP):",
+    ),
+    Mutant(
+        "kernel: a tile that counts 0 times makes NaN",
+        "kernels.primitives",
+        "tl.div_rn(n_new, tl.maximum(total, 1e-30))",
+        "tl.div_rn(n_new, total)",
+    ),
+    Mutant(
+        "kernel: the mean of a tile that counts 0 times is NaN",
+        "kernels.forward",
+        "/ tl.maximum(n_new, 1e-30)",
+        "/ n_new",
+    ),
+]
+
+GENERATED_MUTANTS = [
+    Mutant(*(entry[name] for name in ("name", "module", "old", "new")))
+    for entry in json.loads(GENERATED.read_text(encoding="utf-8"))
+    if "survives" not in entry
+]
+MUTANTS += GENERATED_MUTANTS
 
 # No fault at all: the tests must pass with it, or what they say of the others means nothing.
 CONTROL = Mutant("no fault", "ops.naive", "total - 1 if unbiased", "total - 1 if unbiased")
+
+
+def published() -> dict[str, str]:
+    """By fault, the test that MUTANTS.md says catches it."""
+    if not TABLE.exists():
+        return {}
+    rows = [line.split(" | ") for line in TABLE.read_text(encoding="utf-8").splitlines() if line.startswith("| ")]
+    return {row[0].removeprefix("| "): f"tests/{row[2].strip('`')}" for row in rows if row[2].startswith("`test_")}
 
 
 class _Plant(importlib.machinery.SourceFileLoader, MetaPathFinder):
     """Imports one module of convwave with the fault in its source."""
 
     def __init__(self, mutant: Mutant) -> None:
-        where = mutant.module.replace(".", "/")
-        source = (ROOT / (where if where.startswith("kernels/") else f"convwave/{where}")).with_suffix(".py")
+        source = source_of(mutant.module)
         text = source.read_text(encoding="utf-8")
-        assert mutant.old in text, f"{mutant.name}: {source.name} has no {mutant.old!r}"
+        assert text.count(mutant.old) == 1, f"{mutant.name}: {source.name} does not have {mutant.old!r} once"
         # a file, because triton reads the source of its kernels again
         self.folder = tempfile.TemporaryDirectory()
         planted = Path(self.folder.name) / source.name
@@ -384,18 +683,38 @@ class Outcome(NamedTuple):
     by: str  # the first test that failed, or what went wrong with the experiment
 
 
-def run_all(mode: str = "tests") -> dict[str, Outcome]:
-    """Every fault in a process of its own, two at a time; `mode` is "tests" or "verify"."""
+def run_all(mode: str = "tests", mutants: Sequence[Mutant] = MUTANTS) -> dict[str, Outcome]:
+    """Every fault in a process of its own, two at a time, and the control first.
+
+    Args:
+        mode: "tests", or "verify" for what `convwave verify` sees.
+        mutants: the faults.
+    """
     context = multiprocessing.get_context("forkserver" if hasattr(os, "fork") else "spawn")
     if hasattr(os, "fork"):  # half of what a process costs is importing these
         context.set_forkserver_preload(["torch", "torch._dynamo", "hypothesis", "pytest"])
-    mutants = [CONTROL, *MUTANTS]
-    with ProcessPoolExecutor(2, context, max_tasks_per_child=1) as pool:
-        outcomes = pool.map(_run, (m.name for m in mutants), [mode] * len(mutants))
-        return dict(zip((m.name for m in mutants), outcomes, strict=True))
+    planted = [CONTROL, *mutants]
+    with ThreadPool(2) as pool:
+        outcomes = pool.map(lambda mutant: _apart(context, mutant, mode), planted, chunksize=1)
+    return {m.name: outcome for m, outcome in zip(planted, outcomes, strict=True)}
 
 
-def _run(name: str, mode: str) -> Outcome:
+def _apart(context: Any, mutant: Mutant, mode: str) -> Outcome:
+    """In a process of its own, which may hang or die."""
+    ours, theirs = context.Pipe(duplex=False)
+    process = context.Process(target=_run, args=(mutant, mode, theirs))
+    process.start()
+    theirs.close()
+    try:
+        return ours.recv() if ours.poll(SECONDS) else Outcome(False, f"hangs: no end after {SECONDS} s")
+    except EOFError:
+        return Outcome(False, "dies")
+    finally:
+        process.kill()
+        process.join()
+
+
+def _run(mutant: Mutant, mode: str, result: Any) -> None:
     """In the process that is to have the fault."""
     import torch
 
@@ -407,7 +726,7 @@ def _run(name: str, mode: str) -> Outcome:
         os.dup2(printed.fileno(), 1)
         os.dup2(printed.fileno(), 2)
         try:
-            status = main([name, mode])
+            status = _verify(mutant) if mode == "verify" else _test(mutant)
         except BaseException:
             traceback.print_exc()
             status = 2
@@ -417,8 +736,30 @@ def _run(name: str, mode: str) -> Outcome:
         output = printed.read()
     found = re.search(r"^(?:FAILED|CAUGHT) (.*?)(?: - .*)?$", output, re.MULTILINE)
     if status == 1 and found:
-        return Outcome(True, found[1])
-    return Outcome(False, "survived" if status == 0 else output[-2000:])
+        result.send(Outcome(True, found[1]))
+    else:
+        result.send(Outcome(False, "survived" if status == 0 else output[-2000:]))
+
+
+def _verify(mutant: Mutant) -> int:
+    sys.meta_path.insert(0, _Plant(mutant))
+    return _run_verify()
+
+
+def _test(mutant: Mutant) -> int:
+    """pytest's status: of the test that is known to catch the fault, and of all others if it does not."""
+    sys.meta_path.insert(0, _Plant(mutant))
+    import pytest
+
+    options = ["-x", "-q", "-p", "no:cacheprovider", "-p", "no:benchmark", "-o", "addopts=", "--no-header", "--tb=no"]
+    options.append("-rf")
+    known = published()
+    if mutant == CONTROL:
+        return int(pytest.main([*options, *(sorted(set(known.values())) or TESTS)]))
+    if mutant.name in known and pytest.main([*options, known[mutant.name]]) == 1:
+        return 1
+    tests = next((own for prefix, own in OWN_TESTS.items() if mutant.module.startswith(prefix)), TESTS)
+    return int(pytest.main([*options, *(name for name in tests if not name.endswith(".py") or Path(name).exists())]))
 
 
 def report() -> str:
@@ -473,16 +814,10 @@ def _run_verify() -> int:
 
 def main(arguments: Sequence[str]) -> int:
     if arguments[0] == "--report":
-        (ROOT / "tests/MUTANTS.md").write_text(report(), encoding="utf-8")
+        TABLE.write_text(report(), encoding="utf-8")
         return 0
-    mutant = next(m for m in [CONTROL, *MUTANTS] if m.name == arguments[0])
-    sys.meta_path.insert(0, _Plant(mutant))
-    if arguments[1:] == ["verify"]:
-        return _run_verify()
-    import pytest
-
-    tests = next((own for prefix, own in OWN_TESTS.items() if mutant.module.startswith(prefix)), TESTS)
-    return int(pytest.main(["-x", "-q", "-p", "no:cacheprovider", "--no-header", "--tb=no", *tests]))
+    print(run_all("tests", [mutant for mutant in MUTANTS if mutant.name in arguments]))
+    return 0
 
 
 if __name__ == "__main__":

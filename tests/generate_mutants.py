@@ -1,0 +1,179 @@
+"""Faults made by a machine: small changes of the arithmetic, one at a time, for `mutation.py`.
+
+    python -m tests.generate_mutants   draw, plant, and write tests/generated_mutants.json
+
+From the syntax tree of each file: + for -, * for /, < for <= and so on, a minimum for a maximum, a minus sign dropped,
+a whole number of an expression one larger. The draw is seeded and by file, so a change in one file redraws that file
+only. What no test sees is written down as a survivor; each needs a judgement, by hand, why it is no fault.
+"""
+
+from __future__ import annotations
+
+import ast
+import json
+import random
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+from tests.mutation import GENERATED, ROOT, Mutant, run_all, source_of
+
+# module -> how many faults are drawn
+DRAWS = {
+    "data.graph": 16,
+    "data.batches": 16,
+    "ops.naive": 4,
+    "ops.stack": 10,
+    "ops.level": 4,
+    "ops.fold": 4,
+    "ops.functional": 8,
+    "kernels.primitives": 10,
+    "kernels.forward": 8,
+    "kernels.backward": 12,
+    "kernels.activate": 4,
+    "train.optim": 8,
+    "train.closed_form": 12,
+    "train.recipes": 4,
+    "infer.generate": 8,
+    "infer.score": 8,
+}
+
+_OPERATORS = {
+    ast.Add: "-",
+    ast.Sub: "+",
+    ast.Mult: "/",
+    ast.Div: "*",
+    ast.FloorDiv: "*",
+    ast.Mod: "*",
+    ast.Lt: "<=",
+    ast.LtE: "<",
+    ast.Gt: ">=",
+    ast.GtE: ">",
+    ast.Eq: "!=",
+    ast.NotEq: "==",
+}
+_SYMBOLS = {
+    ast.Add: "+",
+    ast.Sub: "-",
+    ast.Mult: "*",
+    ast.Div: "/",
+    ast.FloorDiv: "//",
+    ast.Mod: "%",
+    ast.Lt: "<",
+    ast.LtE: "<=",
+    ast.Gt: ">",
+    ast.GtE: ">=",
+    ast.Eq: "==",
+    ast.NotEq: "!=",
+}
+_NAMES = {"minimum": "maximum", "maximum": "minimum", "min": "max", "max": "min"}
+
+
+def candidates(text: str) -> Iterator[tuple[int, int, int, str]]:
+    """Every change of a file: its line (from 1), where in the line it begins and ends, and what to put there."""
+    lines = text.splitlines()
+    tree = ast.parse(text)
+    parents = {child: node for node in ast.walk(tree) for child in ast.iter_child_nodes(node)}
+    for node in ast.walk(tree):
+        if _is_no_arithmetic(node, parents):
+            continue
+        if isinstance(node, ast.BinOp | ast.Compare):
+            left = node.left
+            right = node.right if isinstance(node, ast.BinOp) else node.comparators[0]
+            operator = type(node.op if isinstance(node, ast.BinOp) else node.ops[0])
+            if operator in _OPERATORS and left.end_lineno == right.lineno:
+                between = lines[right.lineno - 1].encode()[left.end_col_offset : right.col_offset].decode()
+                at = between.find(_SYMBOLS[operator])
+                if at >= 0 and lines[right.lineno - 1].isascii():
+                    begin = left.end_col_offset + at
+                    yield right.lineno, begin, begin + len(_SYMBOLS[operator]), _OPERATORS[operator]
+        elif isinstance(node, ast.Constant) and type(node.value) is int and _in_an_expression(node, parents):
+            if lines[node.lineno - 1].isascii() and node.end_col_offset is not None:
+                yield node.lineno, node.col_offset, node.end_col_offset, str(node.value + 1)
+        elif isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.USub) and lines[node.lineno - 1].isascii():
+            yield node.lineno, node.col_offset, node.col_offset + 1, ""
+        elif isinstance(node, ast.Attribute) and node.attr in _NAMES and node.end_col_offset is not None:
+            end = node.end_col_offset
+            if lines[node.lineno - 1].isascii() and node.end_lineno == node.lineno:
+                yield node.lineno, end - len(node.attr), end, _NAMES[node.attr]
+
+
+def _is_no_arithmetic(node: ast.AST, parents: dict[ast.AST, ast.AST]) -> bool:
+    """Inside an annotation, an error's condition or text, an assertion, or at the top of a module."""
+    inside = False
+    while node in parents:
+        above = parents[node]
+        if isinstance(above, ast.Raise | ast.Assert | ast.JoinedStr | ast.arguments):
+            return True
+        if isinstance(above, ast.If) and any(isinstance(part, ast.Raise) for part in above.body):
+            return True
+        if isinstance(above, ast.BinOp) and isinstance(above.op, ast.BitOr):
+            return True
+        if isinstance(above, ast.FunctionDef) and node is above.returns:
+            return True
+        inside = inside or isinstance(above, ast.FunctionDef)
+        node = above
+    return not inside
+
+
+def _in_an_expression(node: ast.AST, parents: dict[ast.AST, ast.AST]) -> bool:
+    return isinstance(parents[node], ast.BinOp | ast.Compare | ast.Subscript | ast.Slice) or (
+        isinstance(parents[node], ast.Call)
+        and isinstance(parents[node].func, ast.Name)  # type: ignore[attr-defined]
+        and parents[node].func.id == "range"  # type: ignore[attr-defined]
+    )
+
+
+def as_mutant(module: str, text: str, change: tuple[int, int, int, str]) -> Mutant | None:
+    """A change as a fault, whose old text is its line and as many lines before it as make it unique."""
+    number, begin, end, new = change
+    lines = text.splitlines()
+    line = lines[number - 1]
+    changed = line[:begin] + new + line[end:]
+    for first in range(number - 1, max(number - 4, -1), -1):
+        before = "".join(f"{above}\n" for above in lines[first : number - 1])
+        old = (before + line).strip()
+        if text.count(old) == 1:
+            name = f"{module}: {line[begin:end]} -> {new or 'nothing'} in {changed.strip()}"
+            return Mutant(name.replace("|", "or"), module, old, (before + changed).strip())
+    return None
+
+
+def draw(module: str, count: int) -> list[Mutant]:
+    """A seeded sample of the faults of a module."""
+    text = source_of(module).read_text(encoding="utf-8")
+    found = [as_mutant(module, text, change) for change in candidates(text)]
+    unique = {mutant.name: mutant for mutant in found if mutant is not None and _compiles(text, mutant)}
+    # a wrong address reads what is not there: the interpreter dies
+    unique = {name: mutant for name, mutant in unique.items() if "_ptr" not in name and "p_p" not in name}
+    chosen = random.Random(module).sample(sorted(unique), min(count, len(unique)))
+    return [unique[name] for name in chosen]
+
+
+def _compiles(text: str, mutant: Mutant) -> bool:
+    try:
+        compile(text.replace(mutant.old, mutant.new), mutant.module, "exec")
+    except SyntaxError:
+        return False
+    return True
+
+
+def main() -> int:
+    drawn = [mutant for module, count in DRAWS.items() for mutant in draw(module, count)]
+    known = {entry["name"]: entry for entry in json.loads(GENERATED.read_text(encoding="utf-8"))}
+    outcomes = run_all("tests", drawn)
+    entries = []
+    for mutant in drawn:
+        outcome = outcomes[mutant.name]
+        entry = {"name": mutant.name, "module": mutant.module, "old": mutant.old, "new": mutant.new}
+        if not outcome.caught:
+            entry["survives"] = known.get(mutant.name, {}).get("survives", f"not judged yet: {outcome.by[-300:]}")
+        entries.append(entry)
+    GENERATED.write_text(json.dumps(entries, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    caught = sum("survives" not in entry for entry in entries)
+    print(f"{caught} of {len(entries)} caught; the others are in {GENERATED.relative_to(Path(ROOT))}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
