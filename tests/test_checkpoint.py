@@ -65,7 +65,7 @@ def test_bad_files_are_named(tmp_path: Path) -> None:
     with pytest.raises(cw.CheckpointError, match="not a usable safetensors file"):
         cw.load(path)
     path.write_bytes(whole.replace(b"head.weight", b"hair.weight"))
-    with pytest.raises(cw.CheckpointError, match="does not hold a convwave model"):
+    with pytest.raises(cw.CheckpointError, match="its checksum is not that of its content"):
         cw.load(path)
 
 
