@@ -100,7 +100,9 @@ def _read(path: str | os.PathLike[str]) -> tuple[bytes, dict[str, str]]:
                 raise ValueError("its metadata is not text")
             end = max((tensor["data_offsets"][1] for tensor in header.values()), default=0)
             if end != size - 8 - length:
-                raise ValueError(f"it has {size - 8 - length:,} bytes of tensors, its header tells of {quoted(str(end))}")
+                raise ValueError(
+                    f"it has {size - 8 - length:,} bytes of tensors, its header tells of {quoted(str(end))}"
+                )
             file.seek(0)
             return file.read(size), text
     except FileNotFoundError:
@@ -122,7 +124,7 @@ def _checksum(tensors: dict[str, Tensor], text: dict[str, str]) -> str:
         digest.update(json.dumps([key, text[key]]).encode())
     for name, tensor in sorted(tensors.items()):
         digest.update(json.dumps([name, str(tensor.dtype), *tensor.shape]).encode())
-        digest.update(tensor.reshape(-1).view(torch.uint8).numpy())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 
