@@ -496,6 +496,7 @@ def load(path: str | os.PathLike[str], backend: str = "auto") -> ConvWave:
         with torch.random.fork_rng(devices=[]), torch.device("cpu"):
             model = ConvWave(**config, backend=backend, vocabulary=vocabulary)
         model.load_state_dict({name: _checked(name, tensor) for name, tensor in tensors.items()}, assign=True)
+        model.to(tensors["head.weight"].dtype)
     except (LookupError, TypeError, ValueError, RuntimeError, OverflowError) as error:
         raise CheckpointError(f"{path}: does not hold a convwave model: {str(error).splitlines()[0]}") from None
     model.data_sha256 = data_sha256
@@ -511,6 +512,8 @@ def _check_config(config: Any, shapes: dict[str, tuple[int, ...]]) -> None:
     for size in (vocab_size, n_embd, *widths, *factors):
         if type(size) is not int or size < 1:
             raise ValueError(f"config: expected whole numbers from 1 on, got {size!r}")
+    if math.prod(factors) >= 2**31:
+        raise ValueError(f"factors: expected a context below 2**31 tokens, got {len(factors)} levels beyond it")
     for name, low, high in (("eps", sys.float_info.min, math.inf), ("momentum", 0, 1)):
         for value in _per_level(name, config.get(name, 0.1), len(factors)):
             known = type(value) in (int, float) and low <= value <= high and math.isfinite(value)
@@ -528,10 +531,10 @@ def _check_config(config: Any, shapes: dict[str, tuple[int, ...]]) -> None:
 
 
 def _checked(name: str, tensor: Tensor) -> Tensor:
-    """A tensor of a model file, half precision running statistics as float32; ValueError where it makes no numbers."""
+    """A tensor of a model file; raises ValueError for one that makes no numbers."""
     kind = name.rpartition(".")[2]
-    half = (torch.float16, torch.bfloat16)
-    dtypes = (torch.int64,) if kind == "num_batches_tracked" else (*half, torch.float32, torch.float64)
+    floats = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+    dtypes = (torch.int64,) if kind == "num_batches_tracked" else floats
     if tensor.dtype not in dtypes:
         expected = " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
         raise ValueError(f"{name}: expected {expected}, got {str(tensor.dtype).removeprefix('torch.')}")
@@ -539,4 +542,4 @@ def _checked(name: str, tensor: Tensor) -> Tensor:
         raise ValueError(f"{name} is not finite")
     if kind in ("running_var", "num_batches_tracked") and bool((tensor < 0).any()):
         raise ValueError(f"{name} is negative")
-    return tensor.float() if kind in ("running_mean", "running_var") and tensor.dtype in half else tensor
+    return tensor
