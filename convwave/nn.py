@@ -498,7 +498,8 @@ def load(path: str | os.PathLike[str], backend: str = "auto") -> ConvWave:
         model.load_state_dict({name: _checked(name, tensor) for name, tensor in tensors.items()}, assign=True)
         model.to(tensors["head.weight"].dtype)
     except (LookupError, TypeError, ValueError, RuntimeError, OverflowError) as error:
-        raise CheckpointError(f"{path}: does not hold a convwave model: {str(error).splitlines()[0]}") from None
+        reason = " ".join(str(error).split())[:300]
+        raise CheckpointError(f"{path}: does not hold a convwave model: {reason}") from None
     model.data_sha256 = data_sha256
     return model.eval()
 
@@ -514,11 +515,10 @@ def _check_config(config: Any, shapes: dict[str, tuple[int, ...]]) -> None:
             raise ValueError(f"config: expected whole numbers from 1 on, got {size!r}")
     if math.prod(factors) >= 2**31:
         raise ValueError(f"factors: expected a context below 2**31 tokens, got {len(factors)} levels beyond it")
-    for name, low, high in (("eps", sys.float_info.min, math.inf), ("momentum", 0, 1)):
+    for name, low, high in (("eps", sys.float_info.min, 1e6), ("momentum", 0, 1)):
         for value in _per_level(name, config.get(name, 0.1), len(factors)):
-            known = type(value) in (int, float) and low <= value <= high and math.isfinite(value)
-            if not known and (name == "eps" or value is not None):
-                raise ValueError(f"{name}: expected a finite number from {low:g} to {high:g}, got {value!r}")
+            if not (type(value) in (int, float) and low <= value <= high) and (name == "eps" or value is not None):
+                raise ValueError(f"{name}: expected a number from {low:g} to {high:g}, got {value!r}")
     if not all(type(value) is bool for value in _per_level("unbiased", config["unbiased"], len(factors))):
         raise ValueError(f"unbiased: expected true or false, got {config['unbiased']!r}")
     expected: dict[str, tuple[int, ...]] = {"embedding.weight": (vocab_size, n_embd)}

@@ -237,7 +237,7 @@ class Fuzz:
         length = int.from_bytes(content[:8], "little")
         header = json.loads(content[8 : 8 + length])
         if self.random.random() < 0.7:
-            header["__metadata__"].pop("sha256", None)
+            header["__metadata__"].pop("checksum", None)
         for _ in range(self.random.choice([1, 1, 3])):
             if self.random.random() < 0.3:  # text that is JSON within JSON
                 text = self.random.choice(
@@ -377,13 +377,15 @@ class Fuzz:
                 "verify": [str(self.run), "--out", str(self.folder / f"out{i}")],
                 "data": [],
             }[name]
+            if name == "train" and self.random.random() < 0.2:
+                right = ["--resume", "--out", str(self.run)]
             arguments = [name, *right, "--data", str(self.text)]
             for _ in range(self.random.choice([1, 1, 2, 3])):
                 option = self.random.choice(_OPTIONS[name])
-                value = self.random.choice(ODD)
+                value = self.random.choice(ODD if self.random.random() < 0.6 else _PLAUSIBLE)
                 if option == "--set":
                     value = self.random.choice([value, f"{self.random.choice(_FIELDS)}={value}"])
-                if "steps" in option + value and any(str(n) in value for n in (2**31 - 1, 25 * 10**9)):
+                if "steps" in option + value and ("=" in option + value or value == str(2**31 - 1)) and len(value) > 5:
                     continue  # a long training that was asked for
                 arguments += [option, value] if option and self.random.random() < 0.9 else [option or value]
             self.note("command", shlex.join(arguments)[:300], command(*arguments), limited=False)
@@ -422,6 +424,24 @@ _FIELDS += [
     "batch_of",
     "name",
     "colour",
+]
+_PLAUSIBLE = [
+    "1",
+    "2",
+    "3",
+    "0.5",
+    "1",
+    "a",
+    "an",
+    "cpu",
+    "cpu:0",
+    "auto",
+    "reference",
+    "cpu",
+    "convwave",
+    "mlp3",
+    "fast",
+    "blog",
 ]
 _OPTIONS = {
     name: options.split(" ")
