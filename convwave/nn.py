@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 import operator
 import os
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Literal, TypeVar, cast
@@ -640,19 +641,66 @@ def save_model(model: ConvWave, path: str | os.PathLike[str]) -> None:
 def load(path: str | os.PathLike[str], backend: str = "auto") -> ConvWave:
     """Read a model that `save_model` wrote, in evaluation mode, on the CPU, in the precision it was saved in.
 
+    The global random generator is left alone.
+
     Raises:
-        CheckpointError: the file is missing, damaged, not a convwave model, or holds NaN or infinity.
+        CheckpointError: the file is missing, damaged, not a convwave model, or holds what makes no numbers: NaN,
+            infinity, a negative variance, an eps that is not positive.
     """
     tensors, metadata = read_tensors(path, MODEL_FORMAT)
-    for name, tensor in tensors.items():
-        if not bool(tensor.isfinite().all()):
-            raise CheckpointError(f"{path}: {name} is not finite")
     try:
-        symbols = metadata["vocabulary"]
+        symbols, config, data_sha256 = metadata["vocabulary"], metadata["config"], metadata["data_sha256"]
+        if not isinstance(symbols, str | None) or not isinstance(data_sha256, str | None):
+            raise ValueError("vocabulary, data_sha256: expected text or null")
+        _check_config(config, {name: tuple(tensor.shape) for name, tensor in tensors.items()})
         vocabulary = None if symbols is None else Vocabulary(symbols)
-        model = ConvWave(**metadata["config"], backend=backend, vocabulary=vocabulary)
-        model.to(tensors["head.weight"].dtype).load_state_dict(tensors)
-        model.data_sha256 = metadata["data_sha256"]
-    except (KeyError, TypeError, ValueError, RuntimeError) as error:
-        raise CheckpointError(f"{path}: does not hold a convwave model: {str(error).splitlines()[0]}") from None
+        with torch.random.fork_rng(devices=[]), torch.device("cpu"):
+            model = ConvWave(**config, backend=backend, vocabulary=vocabulary)
+        model.load_state_dict({name: _checked(name, tensor) for name, tensor in tensors.items()}, assign=True)
+        model.to(tensors["head.weight"].dtype)
+    except (LookupError, TypeError, ValueError, RuntimeError, OverflowError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise CheckpointError(f"{path}: does not hold a convwave model: {reason}") from None
+    model.data_sha256 = data_sha256
     return model.eval()
+
+
+def _check_config(config: Any, shapes: dict[str, tuple[int, ...]]) -> None:
+    """Raises ValueError for numbers that make no network, or one that is not of these shapes, before it is built."""
+    if not isinstance(config, dict) or not isinstance(config["factors"], list):
+        raise ValueError("config: expected an object with a list of factors")
+    vocab_size, n_embd, factors = config["vocab_size"], config["n_embd"], config["factors"]
+    widths = _per_level("n_hidden", config["n_hidden"], len(factors))
+    for size in (vocab_size, n_embd, *widths, *factors):
+        if type(size) is not int or size < 1:
+            raise ValueError(f"config: expected whole numbers from 1 on, got {size!r}")
+    if math.prod(factors) >= 2**31:
+        raise ValueError(f"factors: expected a context below 2**31 tokens, got {len(factors)} levels beyond it")
+    for name, low, high in (("eps", sys.float_info.min, 1e6), ("momentum", 0, 1)):
+        for value in _per_level(name, config.get(name, 0.1), len(factors)):
+            if not (type(value) in (int, float) and low <= value <= high) and (name == "eps" or value is not None):
+                raise ValueError(f"{name}: expected a number from {low:g} to {high:g}, got {value!r}")
+    if not all(type(value) is bool for value in _per_level("unbiased", config["unbiased"], len(factors))):
+        raise ValueError(f"unbiased: expected true or false, got {config['unbiased']!r}")
+    expected: dict[str, tuple[int, ...]] = {"embedding.weight": (vocab_size, n_embd)}
+    for i, (below, above, factor) in enumerate(zip([n_embd, *widths], widths, factors, strict=False)):
+        expected[f"blocks.{i}.conv.weight"] = (above, below, factor)
+    expected |= {"head.weight": (vocab_size, widths[-1]), "head.bias": (vocab_size,)}
+    for name, shape in expected.items():
+        if shapes[name] != shape:
+            raise ValueError(f"{name}: expected shape {shape} as in its configuration, got {shapes[name]}")
+
+
+def _checked(name: str, tensor: Tensor) -> Tensor:
+    """A tensor of a model file; raises ValueError for one that makes no numbers."""
+    kind = name.rpartition(".")[2]
+    floats = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+    dtypes = (torch.int64,) if kind == "num_batches_tracked" else floats
+    if tensor.dtype not in dtypes:
+        expected = " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
+        raise ValueError(f"{name}: expected {expected}, got {str(tensor.dtype).removeprefix('torch.')}")
+    if not bool(tensor.isfinite().all()):
+        raise ValueError(f"{name} is not finite")
+    if kind in ("running_var", "num_batches_tracked") and bool((tensor < 0).any()):
+        raise ValueError(f"{name} is negative")
+    return tensor

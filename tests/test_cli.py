@@ -231,7 +231,7 @@ def test_refusals(trained: Path, few: Path, tmp_path: Path, capsys) -> None:
         (["train", "--data", str(tmp_path / "none.txt")], "none.txt: no such file"),
         (["train", "--data", str(tmp_path)], "is a directory"),
         (["train", "--data", str(bad)], "bad.txt: line 2: 'b.b' contains '.'"),
-        (["train", "--steps", "0", *use], "steps: expected at least 1, got 0"),
+        (["train", "--steps", "0", *use], "--steps: expected 1 to 2,147,483,647, got 0"),
         (["train", "--steps", "many", *use], "--steps: invalid int value: 'many'"),
         (["train", "--model", "rnn", *use], "invalid choice: 'rnn'"),
         (["train", "--model", "mlp3", "--recipe", "fast", *use], "mlp3 is trained by SGD on windows only"),

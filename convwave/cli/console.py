@@ -19,6 +19,7 @@ from rich.table import Table
 
 from convwave.data.packing import Corpus
 from convwave.data.words import load_words
+from convwave.files import quoted
 from convwave.train.config import Config, UsageError
 from convwave.train.loop import Reporter
 
@@ -124,10 +125,13 @@ def check_device(device: str) -> None:
     import torch
 
     try:
-        if torch.empty(0, device=device).device.type not in ("cpu", "cuda"):
-            raise UsageError(f"--device: expected cpu or cuda, got {device!r}")
-    except (RuntimeError, AssertionError) as error:
-        raise UsageError(f"--device: {device!r} is not available: {str(error).splitlines()[0]}") from None
+        chosen = torch.empty(0, device=device).device
+    except (RuntimeError, AssertionError, ImportError) as error:
+        reason = str(error).splitlines()[0]
+        raise UsageError(f"--device: {quoted(device)} is not available: {reason}") from None
+    # torch takes every number of a CPU
+    if chosen.type not in ("cpu", "cuda") or (chosen.type == "cpu" and torch.device(device).index not in (None, 0)):
+        raise UsageError(f"--device: expected cpu or cuda, got {quoted(device)}")
 
 
 def print_json(args: argparse.Namespace, value: dict[str, Any]) -> None:
@@ -141,5 +145,7 @@ def write(text: str) -> None:
     try:
         sys.stdout.write(text)
         sys.stdout.flush()
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except OSError as error:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python would complain at its end
+        if not isinstance(error, BrokenPipeError):  # a full disk
+            raise OSError(error.errno, error.strerror, "standard output") from None

@@ -12,14 +12,15 @@ import os
 import shlex
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from convwave import __version__
 from convwave._lazy import load
 from convwave.data.words import NAMES_URL, DataError, fetch_names
-from convwave.files import CheckpointError
+from convwave.files import CheckpointError, quoted
 from convwave.runs.folder import RUNS
 from convwave.train.config import MODELS, Diverged, Interrupted, UsageError
 from convwave.train.recipes import RECIPES
@@ -29,12 +30,16 @@ from convwave.train.tiers import TIERS
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit status."""
     given = list(sys.argv[1:] if argv is None else argv)
+    for stream, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):  # closed ones, as under cron and pythonw
+        if getattr(sys, stream) is None:
+            setattr(sys, stream, open(os.devnull, mode))  # noqa: SIM115 (for the rest of the process)
     if isinstance(sys.stdout, io.TextIOWrapper):  # a terminal or a pipe that knows fewer letters than the data has
         sys.stdout.reconfigure(errors="backslashreplace")
     if given[:1] == ["bench"]:
         return _bench(given[1:])
     try:
         arguments = _parser().parse_args(given)
+        _check_memory(arguments)
         arguments.command_line = shlex.join(["convwave", *given])
         return int(load(arguments.run)(arguments) or 0)
     except (DataError, CheckpointError, UsageError) as error:
@@ -47,29 +52,89 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _fail("interrupted", 130)
     except OSError as error:
         return _fail(f"{error.filename or 'system'}: {error.strerror or error}", 2)
+    except MemoryError:
+        return _fail("out of memory", 2)
     except Exception as error:
-        if isinstance(error, _refusals()):
-            return _fail(str(error).splitlines()[0], 2)
-        raise
+        if not _is_refusal(error):
+            raise
+        return _fail(str(error).splitlines()[0], 2)
 
 
-def _refusals() -> tuple[type[Exception], ...]:
-    """Of modules that need torch."""
+def _is_refusal(error: Exception) -> bool:
+    """Whether it is a conversion that cannot be, or too little memory: torch raises RuntimeErrors for that of a CPU."""
     import torch
 
     from convwave.convert import ConversionError
 
-    return ConversionError, torch.OutOfMemoryError
+    texts = ("can't allocate memory", "not enough memory", "calculation overflowed", "multiplication overflow")
+    of_memory = type(error) is RuntimeError and any(text in str(error) for text in texts)
+    return of_memory or isinstance(error, ConversionError | torch.OutOfMemoryError)
 
 
 def _fail(message: str, status: int) -> int:
-    print(f"convwave: {message}", file=sys.stderr)
+    with suppress(OSError):  # standard error may be a full disk
+        print(f"convwave: {_one_line(message)}", file=sys.stderr)
     return status
+
+
+def _one_line(message: str, most: int = 1000) -> str:
+    line = " ".join(message.splitlines())
+    return line if len(line) <= most else line[:most] + "..."
+
+
+def _whole(low: int, high: int) -> Callable[[str], int]:
+    """An option's whole number in a range."""
+
+    def parse(text: str) -> int:
+        try:
+            value = int(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"invalid int value: {quoted(text)}") from None
+        if not low <= value <= high:
+            limit = "2**64 - 1" if high == 2**64 - 1 else f"{high:,}"
+            raise argparse.ArgumentTypeError(f"expected {low:,} to {limit}, got {quoted(text)[1:-1]}")
+        return value
+
+    return parse
+
+
+def _path(text: str) -> Path:
+    """An option's path: "" would be the current folder."""
+    if not text or "\0" in text:
+        raise argparse.ArgumentTypeError(f"expected a path, got {quoted(text)}")
+    return Path(text)
+
+
+def _check_memory(args: argparse.Namespace) -> None:
+    """Refuse networks and batches that are larger than this machine's memory, which would be filled to the end.
+
+    Raises:
+        UsageError: weights, gradients and two moments, or the ids and activations of a batch.
+    """
+    given = vars(args) | dict(text.split("=", 1) for text in getattr(args, "set", ()) if "=" in text)
+    sizes = [_size(given.get(name)) for name in ("n_embd", "n_hidden", "levels", "batch")]
+    try:
+        memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (AttributeError, OSError, ValueError):  # Windows
+        return
+    n_embd, n_hidden, levels, batch = (max(1, size or least) for size, least in zip(sizes, (10, 68, 3, 1), strict=True))
+    network = 4 * 4 * 2 * n_hidden * (n_embd + (levels - 1) * n_hidden)
+    step = batch * (8 * 4 + 4 * levels * n_hidden)
+    for names, needed in (("--n-embd, --n-hidden, --levels", network), ("--batch", step)):
+        if needed > memory:
+            raise UsageError(f"{names}: needs at least {needed // 10**9:,} GB of memory, there are {memory // 10**9:,}")
+
+
+def _size(value: Any) -> int | None:
+    """A number given as an option or as text of --set; None where that is none, which is refused elsewhere."""
+    with suppress(TypeError, ValueError):
+        return int(value)
+    return None
 
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: {message} (see {self.prog} --help)\n")
+        self.exit(2, f"{self.prog}: {_one_line(message, 300)} (see {self.prog} --help)\n")
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -90,15 +155,15 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument("--recipe", metavar="NAME", help=text)
     text = "another value in a field of the recipe, such as adam_lr=0.02; may be repeated"
     p.add_argument("--set", action="append", default=[], metavar="FIELD=VALUE", help=text)
-    p.add_argument("--steps", type=int, help="default: the recipe's")
-    p.add_argument("--batch", type=int, help="names or windows a step (default: the recipe's)")
-    p.add_argument("--n-embd", type=int, help="channels of the embedding (default: the recipe's)")
-    p.add_argument("--n-hidden", type=int, help="channels of every level (default: the recipe's)")
-    p.add_argument("--levels", type=int, help="the context is 2^levels tokens (default: the recipe's)")
+    p.add_argument("--steps", type=_whole(1, 2**31 - 1), help="default: the recipe's")
+    p.add_argument("--batch", type=_whole(1, 2**31 - 1), help="names or windows a step (default: the recipe's)")
+    p.add_argument("--n-embd", type=_whole(1, 2**31 - 1), help="channels of the embedding (default: the recipe's)")
+    p.add_argument("--n-hidden", type=_whole(1, 2**31 - 1), help="channels of every level (default: the recipe's)")
+    p.add_argument("--levels", type=_whole(1, 2**31 - 1), help="the context is 2^levels tokens (default: the recipe's)")
     p.add_argument("--seed", type=int, help="default: 42 for blog, as in the post, else 0")
     p.add_argument("--device", help="cpu (default), cuda, cuda:1, ...")
     p.add_argument("--tier", choices=["auto", *TIERS], help="how to train it (default: auto, the fastest there is)")
-    p.add_argument("--out", type=Path, metavar="DIR", help="where to save (default: a new directory in runs/)")
+    p.add_argument("--out", type=_path, metavar="DIR", help="where to save (default: a new directory in runs/)")
     p.add_argument("--resume", action="store_true", help="continue the run in --out, or begin it")
     p.add_argument("--save-every", type=float, default=10.0, metavar="S", help="seconds between savings (default: 10)")
 
@@ -108,12 +173,16 @@ def _parser() -> argparse.ArgumentParser:
 
     p = command("sample", "model:sample", "Invent names.")
     _checkpoint_argument(p)
-    p.add_argument("-n", "--count", type=int, default=20, help="how many (default: 20)")
+    p.add_argument("-n", "--count", type=_whole(0, 10_000_000), default=20, help="how many (default: 20)")
     p.add_argument("--prefix", default="", help="every name begins with this")
     p.add_argument("--temperature", type=float, default=1.0, help="0: always the likeliest letter (default: 1)")
-    p.add_argument("--top-k", type=int, help="draw among this many likeliest letters")
-    p.add_argument("--max-length", type=int, default=100, help="letters after which a name is cut (default: 100)")
-    p.add_argument("--seed", type=int, default=0, help="default: 0")
+    p.add_argument("--top-k", type=_whole(1, 2**31 - 1), help="draw among this many likeliest letters")
+    p.add_argument(
+        "--max-length", type=_whole(1, 100_000), default=100, help="letters after which a name is cut (default: 100)"
+    )
+    p.add_argument("--unique", action="store_true", help="every name once")
+    p.add_argument("--new-only", action="store_true", help="no name of the data")
+    p.add_argument("--seed", type=_whole(0, 2**64 - 1), help="to repeat the names (default: another in every run)")
     p.add_argument("--device", default="cpu", help="cpu (default), cuda, ...")
 
     p = command(
@@ -121,17 +190,17 @@ def _parser() -> argparse.ArgumentParser:
         "train:reproduce",
         "Train the post's three networks and the convolution; compare the losses.",
     )
-    p.add_argument("--out", type=Path, default=RUNS / "reproduce", metavar="DIR", help="default: runs/reproduce")
+    p.add_argument("--out", type=_path, default=RUNS / "reproduce", metavar="DIR", help="default: runs/reproduce")
     p.add_argument("--resume", action="store_true", help="continue the runs in --out")
-    p.add_argument("--blog-steps", type=int, help="steps of the post's recipe (default: 200000)")
-    p.add_argument("--fast-steps", type=int, help="steps of the recipe fast (default: the recipe's)")
+    p.add_argument("--blog-steps", type=_whole(1, 2**31 - 1), help="steps of the post's recipe (default: 200000)")
+    p.add_argument("--fast-steps", type=_whole(1, 2**31 - 1), help="steps of the recipe fast (default: the recipe's)")
     p.add_argument("--seed", type=int, help="default: 42 for the post's networks, as in the post, and 0 for fast")
 
     p = command("verify", "model:verify", "Prove on this machine that the convolution is the windowed network.")
     _checkpoint_argument(p, "default: a freshly initialised and a briefly trained network")
     p.add_argument("--device", default="cpu", help="cpu (default), cuda, ...")
-    p.add_argument("--seed", type=int, default=0, help="of the networks and batches (default: 0)")
-    p.add_argument("--out", type=Path, default=RUNS / "verify", metavar="DIR", help="for the certificate")
+    p.add_argument("--seed", type=_whole(0, 2**64 - 1), default=0, help="of the networks and batches (default: 0)")
+    p.add_argument("--out", type=_path, default=RUNS / "verify", metavar="DIR", help="for the certificate")
 
     # not parsed here: everything behind it is for the checkout's `python -m benchmarks`
     text = "Measure convwave against the windowed MLP and torch.nn (needs a checkout)."
@@ -145,7 +214,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def _checkpoint_argument(parser: argparse.ArgumentParser, default: str = "default: the newest in runs/") -> None:
     text = f"a model file or the directory of a run ({default})"
-    parser.add_argument("checkpoint", nargs="?", type=Path, help=text)
+    parser.add_argument("checkpoint", nargs="?", type=_path, help=text)
 
 
 def _bench(arguments: list[str]) -> int:

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
+import secrets
 import time
 from pathlib import Path
 
 import torch
 
 from convwave.cli.console import check_device, corpus, number, print_json, stderr, table, write
-from convwave.data.packing import Corpus, Vocabulary
+from convwave.data.packing import Corpus, Splits, Vocabulary
 from convwave.data.words import DataError
 from convwave.files import CheckpointError, write_atomic
 from convwave.infer import generate
@@ -21,6 +23,8 @@ from convwave.runs.folder import MODEL_FILE, RUNS
 from convwave.runs.registry import device_name, newest_model, provenance
 from convwave.train.config import Config, UsageError
 from convwave.train.loop import train
+
+_MANY = 1000  # names from which on their rate says something
 
 
 def evaluate(args: argparse.Namespace) -> None:
@@ -34,6 +38,11 @@ def evaluate(args: argparse.Namespace) -> None:
     ready = time.perf_counter()
     splits = prepared.losses(model.to(args.device))
     seconds = time.perf_counter() - ready
+    for name, split in splits.items():
+        if split.loss is not None and not math.isfinite(split.loss):
+            raise CheckpointError(
+                f"{path}: the loss of split {name} is {split.loss}: its weights make no probabilities"
+            )
     rows = [[name, number(split.loss), f"{split.positions:,}"] for name, split in splits.items()]
     console = stderr()
     console.print(table(f"Loss of {path} in nats", ["split", "loss", "positions"], rows))
@@ -54,42 +63,47 @@ def evaluate(args: argparse.Namespace) -> None:
 def sample(args: argparse.Namespace) -> None:
     """``convwave sample``."""
     check_device(args.device)
-    if args.count < 0:
-        raise UsageError(f"--count: expected at least 0, got {args.count}")
-    if not 0 <= args.seed < 2**63:
-        raise UsageError(f"--seed: expected 0 to 2**63 - 1, got {args.seed}")
+    seed = secrets.randbelow(2**32) if args.seed is None else args.seed
     path, model = _load(args)
     vocabulary = _vocabulary(model, path)
     words = corpus(args)
     same = _trained_on(model, path, words)
+    marks = {name: mark for mark in reversed(Splits._fields) for name in getattr(words.splits, mark)}
     started = time.perf_counter()
     try:
         names = generate.sample(
             model.to(args.device),
             args.count,
-            seed=args.seed,
+            seed=seed,
             prefix=args.prefix,
             temperature=args.temperature,
             top_k=args.top_k,
             max_length=args.max_length,
             vocabulary=vocabulary,
+            unique=args.unique,
+            exclude=marks if args.new_only else (),
         )
     except DataError as error:
         raise UsageError(f"--prefix: {error}") from None
     except ValueError as error:
         raise UsageError(str(error)) from None
     seconds = time.perf_counter() - started
-    train_set, val_set = set(words.splits.train), set(words.splits.val)
-    status = ["train" if name in train_set else "val" if name in val_set else "new" for name in names]
+    status = [marks.get(name, "new") for name in names]
     if not args.json:
         write("".join(f"{name}\t{mark}\n" for name, mark in zip(names, status, strict=True)))
-    new = status.count("new")
-    stderr().print(f"{len(names):,} names in {seconds:.2f} s ({len(names) / seconds:,.0f}/s), {new:,} of them new")
+    rate = f" in {seconds:.2f} s ({len(names) / seconds:,.0f}/s)" if len(names) >= _MANY else ""
+    console = stderr()
+    console.print(f"{len(names):,} names{rate}, {status.count('new'):,} of them new")
+    if len(names) < args.count:
+        console.print(f"note: {generate.FRUITLESS:,} draws in a row brought no other name")
+    if args.seed is None:
+        console.print(f"seed {seed}: --seed {seed} draws these names again")
     print_json(
         args,
         {
             "checkpoint": str(path),
             "trained_on_this_data": same,
+            "seed": seed,
             "names": [{"name": name, "status": mark} for name, mark in zip(names, status, strict=True)],
             "seconds": seconds,
         },

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from convwave.data.words import BOUNDARY, DataError, Words
+from convwave.files import quoted
 
 
 class Vocabulary:
@@ -68,13 +69,12 @@ class Vocabulary:
         """Token ids (len(text),) int64 of a text in which ``.`` may occur."""
         if not text:
             return torch.empty(0, dtype=torch.int64)
-        code_points = torch.frombuffer(bytearray(text.encode("utf-32-le")), dtype=torch.int32).long()
+        code_points = torch.frombuffer(bytearray(text.encode("utf-32-le", "surrogatepass")), dtype=torch.int32).long()
         ids = self._table[code_points.clamp(max=len(self._table) - 1)]
         if bool((ids < 0).any()):
             position = int((ids < 0).nonzero()[0])
-            raise DataError(
-                f"character {text[position]!r} is not among the vocabulary's {len(self)}: {''.join(self.symbols)}"
-            )
+            known = quoted("".join(self.symbols))
+            raise DataError(f"character {text[position]!r} is not among the vocabulary's {len(self)}: {known}")
         return ids
 
     def decode(self, ids: Iterable[int]) -> str:

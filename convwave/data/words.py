@@ -8,15 +8,23 @@ from __future__ import annotations
 import codecs
 import hashlib
 import os
+import select
+import stat
 import unicodedata
 from pathlib import Path
 from typing import NamedTuple
+
+from convwave.files import quoted
 
 BOUNDARY = "."
 
 NAMES_URL = "https://raw.githubusercontent.com/karpathy/makemore/master/names.txt"
 
 NAMES_SHA256 = "0a30b5557f192f32ab962680889aac5f6fda0f4cecf40a6d0b5694f58ea8cc4d"
+
+MOST_BYTES = 2**26  # of a text: 64 MB, 300 times the post's
+
+PATIENCE = 10.0  # seconds that a pipe may be silent
 
 _PACKAGE = Path(__file__).resolve().parent.parent
 
@@ -45,21 +53,14 @@ def read_words(path: str | os.PathLike[str]) -> Words:
     """Read one word a line from a UTF-8 text file.
 
     Surrounding blanks, CRLF line ends, a byte-order mark and a missing last newline are harmless; blank lines are
-    skipped and counted. Every other character is kept as it stands.
+    skipped and counted. Every other character is kept as it stands. A pipe or a device is read to its end.
 
     Raises:
-        DataError: no such file, a directory, unreadable, bytes that are not UTF-8, a line with the reserved ``.`` or
-            with a control character, or no word at all.
+        DataError: no such file, a directory, unreadable, more than `MOST_BYTES`, a pipe silent for `PATIENCE` seconds,
+            bytes that are not UTF-8, a line with the reserved ``.`` or with a control character, or no word at all.
     """
     path = Path(path)
-    try:
-        raw = path.read_bytes()
-    except FileNotFoundError:
-        raise DataError(f"{path}: no such file") from None
-    except IsADirectoryError:
-        raise DataError(f"{path}: is a directory, expected a text file of one word a line") from None
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read: {error.strerror}") from None
+    raw = _read(path)
     content = raw.removeprefix(codecs.BOM_UTF8)
     try:
         text = content.decode("utf-8")
@@ -78,7 +79,7 @@ def read_words(path: str | os.PathLike[str]) -> Words:
             continue
         if BOUNDARY in word:
             raise DataError(
-                f"{path}: line {line_number}: {word!r} contains '.', which is reserved for the word boundary"
+                f"{path}: line {line_number}: {quoted(word)} contains '.', which is reserved for the word boundary"
             )
         if not word.isprintable():
             bad = next((c for c in word if unicodedata.category(c) == "Cc"), None)
@@ -88,6 +89,38 @@ def read_words(path: str | os.PathLike[str]) -> Words:
     if not words:
         raise DataError(f"{path}: holds no word")
     return Words(words, str(path), hashlib.sha256(raw).hexdigest(), blank)
+
+
+def _read(path: Path) -> bytes:
+    """The content of a file, a pipe or a device; raises DataError where it has none, or no end."""
+    try:
+        # not blocking: a pipe that nobody writes to would keep us in open()
+        descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
+        with open(descriptor, "rb", buffering=0) as file:
+            if stat.S_ISDIR(mode := os.fstat(descriptor).st_mode):
+                raise IsADirectoryError
+            regular = stat.S_ISREG(mode)
+            chunks: list[bytes] = []
+            size = 0
+            while size <= MOST_BYTES:
+                if not regular and not select.select([descriptor], [], [], PATIENCE)[0]:
+                    raise DataError(f"{path}: nothing comes from it, waited {PATIENCE:g} seconds")
+                chunk = file.read(2**20)
+                if not chunk:
+                    return b"".join(chunks)
+                chunks.append(chunk)
+                size += len(chunk)
+    except FileNotFoundError:
+        raise DataError(f"{path}: no such file") from None
+    except IsADirectoryError:
+        raise DataError(f"{path}: is a directory, expected a text file of one word a line") from None
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read: {error.strerror or error}") from None
+    except ValueError as error:
+        if isinstance(error, DataError):
+            raise
+        raise DataError(f"{str(path)!r}: cannot be read: {error}") from None  # NUL in its name
+    raise DataError(f"{path}: holds more than {MOST_BYTES:,} bytes, the most that is read")
 
 
 def data_directory() -> Path:
@@ -111,6 +144,8 @@ def load_words(path: str | os.PathLike[str] | None = None) -> Words:
     Raises:
         DataError: what `read_words` raises.
     """
+    if path is not None and not os.fspath(path):
+        raise DataError("data: expected the path of a text file, got ''")
     chosen = path or os.environ.get("CONVWAVE_DATA")
     if chosen:
         return read_words(chosen)
@@ -135,7 +170,7 @@ def fetch_names(url: str = NAMES_URL, directory: str | os.PathLike[str] | None =
         return target
     try:
         with urllib.request.urlopen(url, timeout=timeout) as response:
-            raw = response.read()
+            raw = response.read(MOST_BYTES)
     except (urllib.error.URLError, http.client.HTTPException, OSError, ValueError) as error:
         reason = getattr(error, "reason", error)
         raise DataError(f"{url}: download failed: {reason}") from None

@@ -7,12 +7,18 @@ window costs 2^L - 1.
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 import torch
 from torch import Tensor
 
 from convwave.data.packing import Vocabulary
 from convwave.nn import ConvWave, evaluating
 from convwave.ops.fold import folded
+
+FRUITLESS = 10_000  # draws without a name that is wanted, after which sampling gives up
+
+_MOST_RING = 2**27  # numbers that a name's ring buffers may have: 512 MB of float32
 
 
 class GenerationCache:
@@ -99,7 +105,7 @@ def sample_ids(
         (count, longest) int64 on the CPU, without the opening 0, filled with 0 after the end.
 
     Raises:
-        ValueError: a number out of range.
+        ValueError: a number out of range, or logits that are not finite: -inf is, unless for every token.
     """
     prefix = prefix or []
     if count < 0:
@@ -120,6 +126,8 @@ def sample_ids(
         if len(columns) < len(prefix):
             tokens = torch.full_like(tokens, prefix[len(columns)])
         else:
+            if not bool(logits.amax(1).isfinite().all()):
+                raise ValueError("model: its logits are not finite, no token can be drawn")
             tokens = _draw(logits.cpu(), generator, temperature, top_k).to(device)
         drawn = tokens.cpu()
         columns.append(torch.zeros(count, dtype=torch.int64).index_copy_(0, alive, drawn))
@@ -141,37 +149,54 @@ def sample(
     max_length: int = 100,
     vocabulary: Vocabulary | None = None,
     batch: int | None = None,
+    unique: bool = False,
+    exclude: Collection[str] = (),
 ) -> list[str]:
     """Sample names as text; equal arguments give equal names.
 
     Args:
+        seed: 0 to 2**64 - 1.
         vocabulary: default: the model's own.
-        batch: names under way at once; default: at most 8192, fewer where the ring buffers would pass 256 MB. Other
-            values draw other names.
+        batch: names under way at once; default: at most 8192, fewer where ring buffers or names would pass 256 MB.
+            Other values draw other names.
+        unique: every name once.
+        exclude: names to leave out, such as those of the training split.
         count, prefix, temperature, top_k, max_length: see `sample_ids`.
+
+    Returns:
+        `count` names; fewer where `unique` or `exclude` leave none of `FRUITLESS` draws in a row.
 
     Raises:
         DataError: a character of the prefix that is not in the vocabulary.
-        ValueError: no vocabulary, or a number out of range.
+        ValueError: no vocabulary, one of another size than the model's, or a number out of range.
     """
     vocabulary = vocabulary or model.vocabulary
     if vocabulary is None:
         raise ValueError("vocabulary: the model was saved without one, pass it")
+    if len(vocabulary) != model.vocab_size:
+        raise ValueError(f"vocabulary: expected {model.vocab_size} symbols as the model has, got {len(vocabulary)}")
     if "." in prefix:
         raise ValueError("prefix: '.' is reserved for the word boundary")
+    if not 0 <= seed < 2**64:
+        raise ValueError(f"seed: expected 0 to 2**64 - 1, got {seed}")
     prefix_ids = vocabulary.encode(prefix)
+    ring = sum((block.conv.kernel_size - 1) * block.conv.dilation * block.conv.in_channels for block in model.layers)
+    if ring > _MOST_RING:
+        raise ValueError(f"model: its context of {model.context:,} tokens needs {ring:,} numbers a name, too many")
     if batch is None:
-        ring = sum(
-            (block.conv.kernel_size - 1) * block.conv.dilation * block.conv.in_channels for block in model.layers
-        )
-        batch = min(8192, max(1, 2**26 // ring))
+        batch = max(1, min(8192, 2**26 // ring, 2**25 // max(max_length, 1)))
+    if batch < 1:
+        raise ValueError(f"batch: expected at least 1, got {batch}")
     generator = torch.Generator().manual_seed(seed)
     names: list[str] = []
+    seen: set[str] = set()
+    fruitless = 0
     with evaluating(model):
         while True:
+            missing = count - len(names)
             ids = sample_ids(
                 model,
-                min(batch, count - len(names)),
+                min(batch, missing if not (unique or exclude) or missing < 1 else max(missing, 100)),
                 generator=generator,
                 prefix=prefix_ids,
                 temperature=temperature,
@@ -179,10 +204,16 @@ def sample(
                 max_length=max_length,
             )
             lengths = (ids != 0).sum(1).tolist()
-            names += [vocabulary.decode(row[:n]) for row, n in zip(ids.tolist(), lengths, strict=True)]
-            if len(names) >= count:
-                break
-    return names
+            for row, n in zip(ids.tolist(), lengths, strict=True):
+                name = vocabulary.decode(row[:n])
+                fruitless += 1
+                if len(names) < count and name not in exclude and not (unique and name in seen):
+                    names.append(name)
+                    fruitless = 0
+                    if unique:
+                        seen.add(name)
+            if len(names) >= count or fruitless >= FRUITLESS:
+                return names
 
 
 def _draw(logits: Tensor, generator: torch.Generator, temperature: float, top_k: int | None) -> Tensor:

@@ -130,6 +130,7 @@ class Inference:
         if model.factors != self.graph.factors:
             raise ValueError(f"model: expected factors {self.graph.factors}, got {model.factors}")
         x = model.embedding.weight
+        x = x.to(torch.promote_types(x.dtype, torch.float32))  # half precision is not summed in itself
         buffer = self._buffers.setdefault(x.dtype, Buffers(x))
         columns = padded(model.vocab_size)
         head_weight, head_bias = x.new_empty(columns, model.widths[-1]), x.new_empty(columns)
@@ -138,7 +139,7 @@ class Inference:
         for level, block in enumerate(model.layers):
             taps, H = self._whole.taps[level], model.widths[level]
             top = level == self.graph.levels - 1
-            weights, shift = _folded(block, after_a_logistic=level > 0)
+            weights, shift = (part.to(x.dtype) for part in _folded(block, after_a_logistic=level > 0))
             products = []
             for j, (begin, end) in enumerate(self._whole.ranges[level]):
                 out = buffer(f"products{j}", end - begin, H)
