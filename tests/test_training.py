@@ -211,7 +211,7 @@ def test_ctrl_c_at_the_very_end_is_not_lost(during: str, few: cw.Words, tmp_path
 
     def interrupted(self: ClosedFormRun):
         calls.append(1)
-        if during == "finish" or len(calls) == 2:  # the state is taken at the start and at the end
+        if len(calls) == (5 if during == "finish" else 2):  # after each step and at the end; at the start and at the end
             signal.raise_signal(signal.SIGINT)
         return original(self)
 
@@ -321,7 +321,8 @@ def test_configurations_are_checked() -> None:
         ({"model": "mlp8", "n_hidden": 5}, "fixed for mlp8"),
         ({"steps": 0}, "steps: expected at least 1, got 0"),
         ({"seed": -1}, "seed: expected at least 0, got -1"),
-        ({"seed": 2**63}, r"seed: expected below 2\*\*63"),
+        ({"seed": 2**64}, r"seed: expected at most 2\*\*64 - 1"),
+        ({"keep": "first"}, "keep: expected one of best, last, got 'first'"),
         ({"recipe": "blog", "batch": 1}, "batch: expected at least 2 windows"),
         ({"levels": 13}, "levels: expected at most 12"),
         ({"n_hidden": 0}, "n_hidden: expected at least 1, got 0"),
