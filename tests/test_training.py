@@ -211,7 +211,9 @@ def test_ctrl_c_at_the_very_end_is_not_lost(during: str, few: cw.Words, tmp_path
 
     def interrupted(self: ClosedFormRun):
         calls.append(1)
-        if len(calls) == (5 if during == "finish" else 2):  # after each step and at the end; at the start and at the end
+        if len(calls) == (
+            5 if during == "finish" else 2
+        ):  # after each step and at the end; at the start and at the end
             signal.raise_signal(signal.SIGINT)
         return original(self)
 

@@ -139,8 +139,8 @@ class Config:
         """The configuration with the defaults that depend on the data.
 
         On the post's names.txt nothing changes: the recipes were made for it, and their published figures are those of
-        the last step. Elsewhere steps grow with the number of words, but are a fortieth of the recipe's at least, and the best
-        network is kept where there are validation words to choose it by.
+        the last step. Elsewhere steps grow with the number of words, but are a fortieth of the recipe's at least, and
+        the best network is kept where there are validation words to choose it by.
 
         Args:
             corpus: the words.
