@@ -194,8 +194,6 @@ class _Training:
         self.validation: list[Point] = []
         self.best: dict[str, Tensor] = {}
         self.best_step = 0
-        if config.keep == "best" and not corpus.splits.val:
-            raise UsageError(f"keep: {corpus.source} has no validation word to choose the best network by; keep last")
         state = None
         if folder is not None:
             folder.clear()
@@ -205,6 +203,8 @@ class _Training:
                 )
             if folder.state.exists():
                 state = self._checked(folder, folder.load())
+        if config.keep == "best" and not corpus.splits.val:
+            raise UsageError(f"keep: {corpus.source} has no validation word to choose the best network by; keep last")
         if state is None and init is not None:
             self.vocabulary = _vocabulary_of(init, config, corpus)
         self.train = pack(corpus.splits.train, self.vocabulary)
