@@ -165,11 +165,12 @@ def reproduce(args: argparse.Namespace) -> None:
     rows: list[dict[str, Any]] = []
     for config in configs:
         result = loop.train(config, words, args.out / config.model, resume=args.resume, reporter=ConsoleReporter())
-        published = PUBLISHED.get(config.model)
+        post = PUBLISHED.get(config.model)
+        published = post if words.is_names_txt else None
         rows.append(
             {
                 **result.summary(),
-                "title": published.title if published else "convolution, recipe fast",
+                "title": post.title if post else "convolution, recipe fast",
                 "published_train": published.train if published else None,
                 "published_val": published.val if published else None,
                 "test_loss": result.splits["test"].loss,
@@ -196,7 +197,7 @@ def reproduce(args: argparse.Namespace) -> None:
         )
     )
     if not words.is_names_txt:
-        console.print(f"The post's figures are for names.txt; this used {words.source}: not comparable.")
+        console.print(f"The post's figures are for names.txt, not for {words.source}.")
     report = {
         "provenance": provenance(args.command_line),
         "data": Path(words.source).name,

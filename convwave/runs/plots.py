@@ -99,7 +99,7 @@ def reproduction_plot(rows: Sequence[dict[str, object]], path: Path) -> None:
     left.set(title="validation loss (nats)", yticks=list(places), yticklabels=names)
     left.legend(frameon=False, loc="lower right")
     seconds = [float(str(row["train_seconds"])) for row in rows]
-    right.barh(list(places), seconds, color=[BLUE if row["published_val"] is None else GREY for row in rows])
+    right.barh(list(places), seconds, color=[BLUE if row["model"] == "convwave" else GREY for row in rows])
     for y, value in zip(places, seconds, strict=True):
         right.annotate(f"{value:.1f} s", (value, y), xytext=(4, 0), textcoords="offset points", va="center")
     right.set(title="training time (s)", yticks=[], xlim=(0, max(seconds) * 1.25))

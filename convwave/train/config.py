@@ -36,7 +36,8 @@ class Config:
         model: "convwave", or one of the post's windowed networks: "mlp3", "mlp8", "hierarchical".
         recipe: a value, so that any field can be varied.
         steps, batch: of the recipe unless given.
-        seed: of weights and batches, 0 to 2**64 - 1, of which torch's generator for CPUs reads the last 32 bits; the windowed networks draw both from one generator, as the post does.
+        seed: of weights and batches, 0 to 2**64 - 1, of which torch's generator for CPUs reads the last 32 bits; the
+            windowed networks draw both from one generator, as the post does.
         tier: of `tiers.TIERS`: which implementation trains it.
         keep: the network that a run ends with: "last", or "best" by the validation losses measured on the way.
         start: the step at which the schedule began: what a run had done before it was extended.
