@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from datetime import datetime
 from pathlib import Path
 
 import pytest
@@ -59,8 +62,10 @@ def test_train_prints_json_last_and_all_else_to_standard_error(few: Path, tmp_pa
     assert captured.out.count("\n") == 1
     assert result["checkpoint"] == str(tmp_path / "r/model.safetensors")
     assert json.loads((tmp_path / "r/result.json").read_text())["val_loss"] == result["val_loss"]
-    for text in (f"data: {few}, 300 words", "2.0209", "not comparable", "convwave data fetch", "loss.png"):
+    for text in (f"data: {few}, 300 words", "convwave data fetch", "loss.png"):
         assert text in captured.err
+    assert "the post's" not in captured.err.split("Loss in nats")[1].split("The post's")[0]
+    assert "2.0209" not in captured.err
     assert cli.main([*arguments[:-1], str(tmp_path / "quiet")]) == 0
     assert capsys.readouterr().out == ""
 
@@ -97,13 +102,22 @@ def test_sample_marks_every_name(trained: Path, few: Path, capsys) -> None:
     names = last_json(capsys.readouterr().out)["names"]
     splits = cw.split_words(few.read_text().split())
     for entry in names:
-        where = "train" if entry["name"] in splits.train else "val" if entry["name"] in splits.val else "new"
+        where = next((name for name in ("train", "val", "test") if entry["name"] in getattr(splits, name)), "new")
         assert entry["status"] == where
     assert cli.main(arguments) == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines == [f"{entry['name']}\t{entry['status']}" for entry in names]
     assert cli.main([*arguments[:2], "--prefix", "ma", "--data", str(few), "--json"]) == 0
     assert all(entry["name"].startswith("ma") for entry in last_json(capsys.readouterr().out)["names"])
+
+
+def test_names_of_the_test_split_are_marked(trained: Path, few: Path, capsys, monkeypatch) -> None:
+    splits = cw.split_words(few.read_text().split())
+    drawn = [splits.test[0], splits.val[0], splits.train[0], "qqq"]
+    monkeypatch.setattr("convwave.infer.generate.sample", lambda *args, **options: drawn)
+    assert cli.main(["sample", str(trained), "-n", "4", "--data", str(few)]) == 0
+    marks = [line.split("\t")[1] for line in capsys.readouterr().out.splitlines()]
+    assert marks == ["test", "val", "train", "new"]
 
 
 def test_sample_and_evaluate_take_the_newest_run(trained: Path, few: Path, capsys, monkeypatch, tmp_path: Path) -> None:
@@ -190,11 +204,11 @@ def test_reproduce_in_small(few: Path, tmp_path: Path, capsys) -> None:
     captured = capsys.readouterr()
     report = last_json(captured.out)
     assert [row["model"] for row in report["rows"]] == ["mlp3", "mlp8", "hierarchical", "convwave"]
-    assert [row["published_val"] for row in report["rows"]] == [2.1033, 2.0310, 2.0209, None]
+    assert [row["published_val"] for row in report["rows"]] == [None] * 4, "the post's figures are for its words"
     assert {"command", "commit", "device", "versions"} <= report["provenance"].keys()
     assert json.loads((tmp_path / "reproduce.json").read_text()) == report
     assert (tmp_path / "reproduce.png").read_bytes().startswith(b"\x89PNG")
-    assert "2.1033" in captured.err
+    assert "2.1033" not in captured.err
     assert "holds a reproduction already" in refused(arguments, capsys)
     assert cli.main([*arguments, "--resume", "--json"]) == 0
     again = last_json(capsys.readouterr().out)
@@ -251,7 +265,21 @@ def test_refusals(trained: Path, few: Path, tmp_path: Path, capsys) -> None:
         (["train", "--out", str(trained), "--resume", "--data", str(other)], "other data"),
         (["train", "--steps", "1", "--out", str(tmp_path / "file/deeper"), *use], str(tmp_path / "file")),
         (["train", "--device", "meta", *use], "--device: expected cpu or cuda, got 'meta'"),
-        (["train", "--seed", str(2**64), *use], "seed: expected below 2**63"),
+        (["train", "--seed", str(2**64), *use], "seed: expected at most 2**64 - 1"),
+        (["train", "--keep", "worst", *use], "invalid choice: 'worst'"),
+        (["train", "--keep", "best", "--data", str(other)], "keep: "),
+        (["train", "--out", str(trained), "--resume", "--steps", "20", *use], "--steps: "),
+        (["train", "--init", str(tmp_path / "none"), *use], "no such file"),
+        (
+            ["train", "--init", str(trained), "--n-hidden", "9", *use],
+            "init: expected a network with n_hidden (9, 9, 9)",
+        ),
+        (
+            ["train", "--init", str(trained), "--keep", "last", "--data", str(other)],
+            "init: the network has no token for 'ž'",
+        ),
+        (["verify", str(trained), "--seed", str(2**64), *use], "--seed: expected 0 to 2**64 - 1"),
+        (["verify", "--seed", "-1", *use], "--seed: expected 0 to 2**64 - 1"),
         (["train", "--recipe", "blog", "--batch", "1", *use], "batch: expected at least 2 windows"),
         (["train", "--save-every", "nan", *use], "--save-every"),
         (["sample", str(trained), "--seed", str(2**64), *use], "--seed"),
@@ -266,6 +294,186 @@ def test_refusals(trained: Path, few: Path, tmp_path: Path, capsys) -> None:
         ([], "required: command"),
     ]:
         assert text in refused(arguments, capsys), arguments
+
+
+def test_a_run_remembers_its_words(trained: Path, few: Path, tmp_path: Path, capsys) -> None:
+    """No --data: every command takes the run's own, says so where they are gone, and goes on with the default."""
+    run = tmp_path / "run"
+    shutil.copytree(trained, run)
+    data = tmp_path / "words.txt"
+    shutil.copy(few, data)
+    memory = json.loads((run / "run.json").read_text())
+    assert memory["data"] == {
+        "name": str(few),
+        "path": str(few),
+        "sha256": hashlib.sha256(few.read_bytes()).hexdigest(),
+    }
+    assert (memory["config"]["steps"], memory["config"]["recipe"]["name"]) == (30, "fast")
+    memory["data"]["path"] = str(data)
+    (run / "run.json").write_text(json.dumps(memory))
+    commands = {"evaluate": [str(run)], "sample": [str(run), "-n", "3"], "train": ["--out", str(run), "--resume"]}
+    commands["evaluate "] = [str(run / "model.safetensors")]
+    for name, arguments in commands.items():
+        assert cli.main([name.strip(), *arguments, "--json"]) == 0
+        assert f"data: {data}, 300 words" in capsys.readouterr().err
+    for reason in ("is not what it was", "no such file"):
+        if reason == "no such file":
+            data.unlink()
+        else:
+            data.write_text("other\nwords\n")
+        assert cli.main(["evaluate", str(run), "--json"]) in (0, 2)  # the default may have letters of its own
+        error = capsys.readouterr().err
+        assert "note: the words that" in error
+        assert f"{data}" in error
+        assert reason in error
+        status = cli.main(["train", "--out", str(run), "--resume"])
+        error = capsys.readouterr().err
+        assert (status, "note: the words that" in error, "other data" in error) == (2, True, True)
+    for rubbish in ("{", "[]", '{"data": {"name": 5, "sha256": "", "path": []}}', '{"data": 5}'):
+        (run / "run.json").write_text(rubbish)
+        assert cli.main(["evaluate", str(run), "--data", str(few)]) == 0
+
+
+def test_bundled_names_are_remembered_too(tmp_path: Path, capsys, monkeypatch) -> None:
+    bundled = cw.data.bundled_words()
+    monkeypatch.setattr("convwave.cli.console.load_words", lambda path: bundled)
+    assert cli.main(["train", "--steps", "2", "--out", str(tmp_path)]) == 0
+    monkeypatch.undo()
+    capsys.readouterr()
+    assert cli.main(["evaluate", str(tmp_path)]) == 0
+    assert "data: the bundled given names" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("keep", ["best", "last"])
+@pytest.mark.parametrize("model", ["convwave", "mlp8"])
+def test_an_interrupted_run_is_evaluated_and_sampled(model: str, keep: str, few: Path, tmp_path: Path, capsys) -> None:
+    """The network so far: the best measured, or that of the last step, in the numbers that stopping there gives."""
+    options = ["train", "--model", model, "--keep", keep, "--data", str(few), "--seed", "1"]
+    short, cut = tmp_path / "short", tmp_path / "cut"
+    assert cli.main([*options, "--steps", "10", "--out", str(short)]) == 0
+    shutil.copytree(short, cut)
+    (cut / "model.safetensors").unlink()
+    capsys.readouterr()
+    losses = []
+    for run in (short, cut):
+        assert cli.main(["evaluate", str(run), "--json"]) == 0
+        captured = capsys.readouterr()
+        losses.append(last_json(captured.out)["splits"]["val"]["loss"])
+    assert "was interrupted" in captured.err
+    assert losses[0] == losses[1]
+    assert cli.main(["sample", str(cut), "-n", "5"]) == 0
+    few_gone = json.loads((cut / "run.json").read_text())
+    few_gone["data"]["path"] = str(tmp_path / "gone.txt")
+    (cut / "run.json").write_text(json.dumps(few_gone))
+    capsys.readouterr()
+    if (model, keep) == ("convwave", "last"):  # its statistics are those of the words
+        assert cli.main(["sample", str(cut), "-n", "5"]) == 2
+        assert "needs the words it learns" in capsys.readouterr().err
+        assert cli.main(["sample", str(cut), "-n", "5", "--data", str(few)]) == 0
+    else:
+        assert cli.main(["sample", str(cut), "-n", "5"]) == 0
+
+
+def test_the_newest_run_may_be_an_interrupted_one(
+    trained: Path, few: Path, tmp_path: Path, monkeypatch, capsys
+) -> None:
+    shutil.copytree(trained, tmp_path / "runs/a")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs/a/model.safetensors").unlink()
+    assert cli.main(["sample", "-n", "2", "--data", str(few)]) == 0
+    assert "runs/a was interrupted" in capsys.readouterr().err
+    for name, age in (("old", 100), ("new", 50)):
+        shutil.copytree(trained, tmp_path / "runs" / name)
+        then = time.time() - age
+        os.utime(tmp_path / "runs" / name / "model.safetensors", (then, then))
+    assert cli.main(["sample", "-n", "2", "--data", str(few), "--json"]) == 0
+    assert last_json(capsys.readouterr().out)["checkpoint"] == "runs/new/model.safetensors"
+
+
+def test_a_run_is_extended(few: Path, tmp_path: Path, capsys) -> None:
+    out = str(tmp_path / "r")
+    arguments = ["train", "--batch", "64", "--data", str(few), "--out", out, "--json"]
+    assert cli.main([*arguments, "--steps", "8"]) == 0
+    capsys.readouterr()
+    assert cli.main(["train", "--out", out, "--resume", "--steps", "12", "--json"]) == 0
+    captured = capsys.readouterr()
+    assert "from step 8 to 12: the schedule starts anew from the saved weights" in captured.err
+    assert (last_json(captured.out)["steps"], last_json(captured.out)["start"]) == (12, 8)
+    assert cli.main(["train", "--out", out, "--resume", "--steps", "12"]) == 0
+    assert "extending" not in capsys.readouterr().err
+
+
+def test_another_run_gives_its_weights(trained: Path, few: Path, tmp_path: Path, capsys) -> None:
+    """Names of some of the letters: the network keeps its own vocabulary, and a resumed run too."""
+    data, out = tmp_path / "few.txt", str(tmp_path / "r")
+    words = [word for word in few.read_text().split() if "a" in word and "y" not in word]
+    data.write_text("\n".join(words))
+    tune = ["train", "--init", str(trained), "--steps", "2", "--set", "lr=0.001", "--set", "adam_lr=0.0001"]
+    assert cli.main([*tune, "--data", str(data), "--out", out, "--json"]) == 0
+    tuned = last_json(capsys.readouterr().out)
+    assert tuned["init"] == str(trained / "model.safetensors")
+    assert cw.load(Path(out) / "model.safetensors").vocabulary == cw.load(trained / "model.safetensors").vocabulary
+    assert cli.main([*tune[:1], *tune[3:], "--data", str(data), "--json"]) == 0
+    assert tuned["train_loss"] < last_json(capsys.readouterr().out)["train_loss"] - 0.2
+    assert cli.main(["train", "--out", out, "--resume", "--steps", "3"]) == 0
+
+
+def test_runs_of_the_same_second_have_folders_of_their_own(few: Path, tmp_path: Path, monkeypatch) -> None:
+    class Noon(datetime):
+        @classmethod
+        def now(cls, tz: object = None) -> Noon:
+            return cls(2026, 1, 2, 12, 0, 0)
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("convwave.cli.train.datetime", Noon)
+    for _ in range(3):
+        assert cli.main(["train", "--steps", "1", "--data", str(few)]) == 0
+    assert sorted(path.name for path in (tmp_path / "runs").iterdir()) == [
+        f"20260102-120000-convwave-fast-0{end}" for end in ("", "-2", "-3")
+    ]
+
+
+def test_little_data_is_said(tmp_path: Path, few: Path, capsys) -> None:
+    path = tmp_path / "eleven.txt"
+    path.write_text(
+        "\n".join(["anna", "berta", "carla", "dora", "emma", "frida", "gerda", "hanna", "ida", "jana", "zoë"])
+    )
+    assert cli.main(["train", "--steps", "1", "--data", str(path), "--out", str(tmp_path / "r")]) == 0
+    error = capsys.readouterr().err
+    assert "note: 11 words are few: 8 to train on, 1 to validate with" in error
+    train = "".join(cw.split_words(path.read_text().split()).train)
+    unseen = "".join(sorted(set(path.read_text()) - set(train) - {"\n"}))
+    assert unseen
+    assert f"note: no word to train on has {unseen!r}" in error
+    assert cli.main(["train", "--steps", "1", "--data", str(few), "--out", str(tmp_path / "s")]) == 0
+    assert "are few" not in capsys.readouterr().err
+
+
+def test_a_picture_that_cannot_be_drawn_is_a_note(few: Path, tmp_path: Path, capsys, monkeypatch) -> None:
+    def fail(*args: object, **options: object) -> None:
+        assert (out / "result.json").exists() or (out / "reproduce.json").exists(), "results come first"
+        raise RuntimeError("no LaTeX\nlong story")
+
+    monkeypatch.setattr("convwave.runs.folder.loss_plot", fail)
+    monkeypatch.setattr("convwave.runs.plots.reproduction_plot", fail)
+    out = tmp_path / "r"
+    assert cli.main(["train", "--steps", "1", "--data", str(few), "--out", str(out)]) == 0
+    error = capsys.readouterr().err
+    assert f"note: {out / 'loss.png'} was not drawn: RuntimeError: no LaTeX\n" in error
+    assert "Loss in nats" in error
+    monkeypatch.setattr("convwave.runs.folder.loss_plot", lambda *args: None)
+    out = tmp_path / "all"
+    arguments = ["reproduce", "--blog-steps", "1", "--fast-steps", "1", "--data", str(few), "--out", str(out)]
+    assert cli.main(arguments) == 0
+    assert "reproduce.png was not drawn" in capsys.readouterr().err
+
+
+def test_verify_removes_its_own_left_overs_only(trained: Path, few: Path, tmp_path: Path) -> None:
+    for name in (".certificate.json.77.partial", ".holiday.partial", ".state.safetensors.77.partial"):
+        (tmp_path / name).write_text("")
+    assert cli.main(["verify", str(trained), "--data", str(few), "--out", str(tmp_path)]) == 0
+    left = sorted(path.name for path in tmp_path.iterdir())
+    assert left == [".holiday.partial", ".state.safetensors.77.partial", "certificate.json"]
 
 
 def test_resume_takes_the_options_of_the_run(trained: Path, few: Path, capsys) -> None:
@@ -300,9 +508,9 @@ def test_the_old_form_of_a_state_is_refused(few: Path, trained: Path, tmp_path: 
     old = tmp_path / "old"
     old.mkdir()
     state = (trained / "state.safetensors").read_bytes()
-    (old / "state.safetensors").write_bytes(state.replace(b"convwave.state.2", b"convwave.state.1"))
+    (old / "state.safetensors").write_bytes(state.replace(b"convwave.state.3", b"convwave.state.2"))
     line = refused(["train", "--out", str(old), "--resume", "--data", str(few)], capsys)
-    assert "expected a file of format 'convwave.state.2', got 'convwave.state.1'" in line
+    assert "expected a file of format 'convwave.state.3', got 'convwave.state.2'" in line
 
 
 @pytest.mark.parametrize("arguments", [["--version"], ["--help"], ["train", "--help"], ["train", "--tier", "warp"], []])

@@ -100,6 +100,7 @@ def test_the_loop_does_not_wait_for_every_step(words: cw.Words, monkeypatch: pyt
 
     monkeypatch.setattr(GraphedRun, "steps", noted)
     monkeypatch.setattr(training, "_SECONDS", 1e9)
+    monkeypatch.setattr(training, "_POINTS", 1)
     seen: list[int] = []
 
     class Watch(training.Reporter):

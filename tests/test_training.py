@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import errno
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,6 +20,8 @@ from torch import nn
 
 import convwave as cw
 from convwave import reference
+from convwave.data.batches import Plan, StepReader
+from convwave.data.words import NAMES_SHA256
 from convwave.files import CheckpointError, read_tensors, write_tensors
 from convwave.runs.folder import STATE_FILE, STATE_FORMAT, Folder
 from convwave.runs.plots import block_means
@@ -27,7 +32,7 @@ from convwave.train.config import Config, Diverged, Interrupted, UsageError
 from convwave.train.loop import Reporter, train
 from convwave.train.recipes import BLOG, FAST, RECIPES, RECORD, parse_field, read_recipe, vary
 from convwave.train.setup import recompute_statistics
-from convwave.train.tiers import available_tiers
+from convwave.train.tiers import available_tiers, begin
 from tests.helpers import relative_error
 
 
@@ -66,10 +71,12 @@ CONFIGS = [
     Config.make("hierarchical", steps=12),
     Config.make("mlp3", steps=12),
     Config.make("mlp8", steps=12),
+    Config.make("convwave", "fast", steps=25, batch=64, keep="best"),
+    Config.make("mlp8", steps=12, keep="best"),
 ]
 
 
-@pytest.mark.parametrize("config", CONFIGS, ids=lambda c: f"{c.model}-{c.recipe.name}-{c.batch}-{c.tier}")
+@pytest.mark.parametrize("config", CONFIGS, ids=lambda c: f"{c.model}-{c.recipe.name}-{c.batch}-{c.tier}-{c.keep}")
 def test_interrupted_anywhere_and_resumed_ends_in_the_same_bits(config: Config, few: cw.Words, tmp_path: Path) -> None:
     whole = train(config, few, tmp_path / "whole", save_every=1e9)
     for stop in (1, config.steps // 2, config.steps - 1):
@@ -78,6 +85,7 @@ def test_interrupted_anywhere_and_resumed_ends_in_the_same_bits(config: Config, 
             train(config, few, out, reporter=StopAfter(stop))
         resumed = train(config, few, out, resume=True)
         assert resumed.losses == whole.losses
+        assert (resumed.validation, resumed.kept_step) == (whole.validation, whole.kept_step)
         assert same_bits(weights(out / "model.safetensors"), weights(tmp_path / "whole/model.safetensors"))
     assert all(math.isfinite(loss) for loss in whole.losses)
 
@@ -211,7 +219,9 @@ def test_ctrl_c_at_the_very_end_is_not_lost(during: str, few: cw.Words, tmp_path
 
     def interrupted(self: ClosedFormRun):
         calls.append(1)
-        if during == "finish" or len(calls) == 2:  # the state is taken at the start and at the end
+        if len(calls) == (
+            5 if during == "finish" else 2
+        ):  # after each step and at the end; at the start and at the end
             signal.raise_signal(signal.SIGINT)
         return original(self)
 
@@ -250,6 +260,152 @@ def test_damaged_states_are_named(tier: str, optimizer: str, few: cw.Words, tmp_
         train(config, few, tmp_path, resume=True)
     with pytest.raises(CheckpointError, match=r"is not a usable state.*colour"):
         training.read_config(tmp_path)
+
+
+@pytest.mark.parametrize("tier", ["cpu", "reference"])
+def test_validation_is_measured_on_the_way(tier: str, few: cw.Words) -> None:
+    """Each figure is the one that stopping there gives, none moves a weight, and the best network is the lowest one."""
+    corpus = cw.Corpus(few)
+    last = Config.make(steps=95, batch=64, tier=tier)
+    result, best = train(last, few), train(replace(last, keep="best"), few)
+    assert [point.step for point in result.validation] == [10, 19, 29, 38, 48, 57, 67, 76, 86, 95]
+    assert (result.validation, result.losses) == (best.validation, best.losses)
+    assert same_bits(result.model.state_dict(), training.fit(last, corpus.train, corpus.vocabulary).state_dict())
+    assert (result.kept_step, result.splits["val"].loss) == (95, result.validation[-1].loss)
+    lowest = min(result.validation, key=lambda point: point.loss)
+    assert lowest.step < 95, "it overtrains, so keeping the best differs"
+    assert (best.kept_step, best.splits["val"].loss) == lowest
+    run = begin(last, corpus.train, corpus.vocabulary)
+    for i in range(lowest.step):
+        run.step(i)
+    assert same_bits(best.model.state_dict(), run.finish().state_dict())
+
+
+def test_steps_follow_the_data_but_not_those_of_the_post(few: cw.Words) -> None:
+    config = Config.make()
+    post = cw.Corpus(few._replace(sha256=NAMES_SHA256))
+    assert config.suited(post) is config
+    for number, steps in [(10, 10), (8_008, 100), (32_033, 400), (64_066, 800)]:
+        corpus = cw.Corpus(cw.Words(["anna", "berta"] * (number // 2) + ["dora"] * (number % 2), "x", "0"))
+        assert config.suited(corpus) == replace(config, steps=steps, keep="best")
+        assert config.suited(corpus, steps=False, keep=False) == config
+    assert config.suited(cw.Corpus(cw.Words(["anna", "berta"], "x", "0"))).keep == "last", "no word to choose by"
+
+
+@pytest.mark.parametrize("tier", ["cpu", "reference"])
+@pytest.mark.parametrize("done", [6, 8])
+def test_an_extended_run_begins_its_schedule_anew(tier: str, done: int, few: cw.Words, tmp_path: Path) -> None:
+    """A finished run of 8 steps and an interrupted one; interrupted again, it ends in the same bits."""
+    config = Config.make(steps=8, batch=64, tier=tier)
+    long = replace(config, steps=13)
+    with pytest.raises(Interrupted) if done < 8 else nullcontext():
+        train(config, few, tmp_path / "a", reporter=StopAfter(done) if done < 8 else None)
+    shutil.copytree(tmp_path / "a", tmp_path / "b")
+    whole = train(long, few, tmp_path / "a", resume=True)
+    assert (whole.config.start, len(whole.losses)) == (done, 13)
+    assert whole.config.rate(done) == config.recipe.rate(0, 13 - done)
+    # by hand: new optimisers, old weights
+    tensors, _ = read_tensors(tmp_path / "b" / STATE_FILE, STATE_FORMAT)
+    corpus = cw.Corpus(few)
+    run = begin(whole.config, corpus.train, corpus.vocabulary)
+    run.begin_with({name.removeprefix("model."): t for name, t in tensors.items() if name.startswith("model.")})
+    assert [run.step(i) for i in range(done, 13)] == whole.losses[done:]
+    for stop in (done + 1, done + 3):
+        with pytest.raises(Interrupted):
+            train(long, few, tmp_path / "b", resume=True, reporter=StopAfter(stop))
+    again = train(long, few, tmp_path / "b", resume=True)
+    assert again.losses == whole.losses
+    assert same_bits(again.model.state_dict(), whole.model.state_dict())
+    assert train(replace(config, steps=15), few, tmp_path / "b", resume=True).config.start == 13
+
+
+@pytest.mark.parametrize(("model", "recipe"), [("convwave", "fast"), ("convwave", "blog"), ("mlp8", "blog")])
+def test_a_run_begins_with_the_weights_of_another(model: str, recipe: str, few: cw.Words, tmp_path: Path) -> None:
+    first = train(Config.make(model, recipe, steps=15), few).model
+    config = Config.make(model, recipe, steps=4)
+    tuned = train(config, few, tmp_path / "a", init=first)
+    assert tuned.losses[0] < train(config, few).losses[0] - 0.05
+    with pytest.raises(Interrupted):
+        train(config, few, tmp_path / "b", init=first, reporter=StopAfter(2))
+    (tmp_path / "c").mkdir()
+    state = Folder(tmp_path / "b").load()
+    begun = replace(state, losses=[], validation=[], tensors={f"model.{n}": t for n, t in first.state_dict().items()})
+    Folder(tmp_path / "c").save(begun)  # killed before its first step
+    for folder in ("b", "c"):
+        assert train(config, few, tmp_path / folder, resume=True).losses == tuned.losses
+
+
+def test_a_network_without_a_state_is_not_overwritten(few: cw.Words, tmp_path: Path) -> None:
+    train(Config.make(steps=2, batch=64), few, tmp_path)
+    (tmp_path / STATE_FILE).unlink()
+    before = (tmp_path / "model.safetensors").read_bytes()
+    with pytest.raises(UsageError, match=r"holds a network but no state\.safetensors to resume from.*--init"):
+        train(Config.make(steps=2, batch=64), few, tmp_path, resume=True)
+    assert (tmp_path / "model.safetensors").read_bytes() == before
+
+
+def test_a_file_system_without_locks_is_not_another_process(few: cw.Words, tmp_path: Path, monkeypatch) -> None:
+    fcntl = pytest.importorskip("fcntl", reason="needs Unix file locks")
+
+    class Noted(Reporter):
+        def __init__(self) -> None:
+            self.seen: list[str] = []
+
+        def message(self, text: str) -> None:
+            self.seen.append(text)
+
+    for number in (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS):
+
+        def refuse(file: object, flags: int, number: int = number) -> None:
+            raise OSError(number, os.strerror(number))
+
+        monkeypatch.setattr(fcntl, "flock", refuse)
+        noted = Noted()
+        train(Config.make(steps=1, batch=64), few, tmp_path / str(number), reporter=noted)
+        assert [text for text in noted.seen if "cannot be locked" in text and os.strerror(number) in text]
+
+
+@pytest.mark.parametrize(
+    "name", ["model.head.weight", "losses", "optimizer.exp_avg_sq", "best.head.bias", "validation"]
+)
+def test_a_state_that_is_not_finite_is_not_called_good(name: str, few: cw.Words, tmp_path: Path) -> None:
+    config = Config.make(steps=4, batch=64, keep="best")
+    train(config, few, tmp_path)
+    path = tmp_path / STATE_FILE
+    tensors, metadata = read_tensors(path, STATE_FORMAT)
+    tensors[name].view(-1)[-1] = float("nan")
+    write_tensors(path, tensors, metadata)
+    with pytest.raises(CheckpointError, match=f"{name} is not finite") as caught:
+        train(config, few, tmp_path, resume=True)
+    assert "good" not in str(caught.value)
+
+
+@pytest.mark.parametrize("recipe", ["fast", "record", "sprint", "full", "blog"])
+def test_every_seed_of_64_bits_trains(recipe: str, few: cw.Words) -> None:
+    """torch's generator reads the last 32 bits, so these are four different ones."""
+    seeds = (1764061311123456789, 2**63 - 5, 2**63 + 3, 2**64 - 1)
+    small = {"n_embd": 4, "n_hidden": 8}
+    runs = [train(Config.make(recipe=recipe, steps=2, seed=seed, **small), few).losses for seed in seeds]
+    assert len({tuple(losses) for losses in runs}) == len(seeds)
+
+
+def test_the_order_of_names_is_that_of_seed_and_epoch(few: cw.Words) -> None:
+    corpus = cw.Corpus(few)
+    n = corpus.train.num_words
+    for seed, epoch, number in [(7, 2, 7_000_023), (2**64 - 1, 2, 2**64 - 1_000_001), (2**63, 0, 2**63)]:
+        plan = Plan("names", n - 1, 9, seed)
+        reader = StepReader(plan, corpus.train, len(corpus.vocabulary), (2, 2, 2), torch.Generator())
+        order = torch.randperm(n, generator=torch.Generator().manual_seed(number))[: n - 1]
+        assert torch.equal(reader._names(epoch, n - 1), order)
+
+
+def test_only_left_overs_of_the_run_are_cleared(few: cw.Words, tmp_path: Path) -> None:
+    theirs = [".holiday.partial", ".notes.txt.12.partial", ".state.safetensors.x.partial", ".model.safetensors.partial"]
+    ours = ["state.safetensors", "model.safetensors", "result.json", "run.json", "loss.csv", "loss.png"]
+    for name in [*theirs, *(f".{name}.{i}.partial" for i, name in enumerate(ours))]:
+        (tmp_path / name).write_text("")
+    train(Config.make(steps=1, batch=64), few, tmp_path)
+    assert sorted(path.name for path in tmp_path.glob(".*.partial")) == sorted(theirs)
 
 
 def test_what_a_killed_write_leaves_is_cleared(few: cw.Words, tmp_path: Path) -> None:
@@ -321,7 +477,8 @@ def test_configurations_are_checked() -> None:
         ({"model": "mlp8", "n_hidden": 5}, "fixed for mlp8"),
         ({"steps": 0}, "steps: expected at least 1, got 0"),
         ({"seed": -1}, "seed: expected at least 0, got -1"),
-        ({"seed": 2**63}, r"seed: expected below 2\*\*63"),
+        ({"seed": 2**64}, r"seed: expected at most 2\*\*64 - 1"),
+        ({"keep": "first"}, "keep: expected one of best, last, got 'first'"),
         ({"recipe": "blog", "batch": 1}, "batch: expected at least 2 windows"),
         ({"levels": 13}, "levels: expected at most 12"),
         ({"n_hidden": 0}, "n_hidden: expected at least 1, got 0"),

@@ -18,7 +18,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 from rich.table import Table
 
 from convwave.data.packing import Corpus
-from convwave.data.words import load_words
+from convwave.data.words import Words, load_words
 from convwave.files import quoted
 from convwave.train.config import Config, UsageError
 from convwave.train.loop import Reporter
@@ -114,7 +114,11 @@ class ConsoleReporter(Reporter):
 
 def corpus(args: argparse.Namespace) -> Corpus:
     """The words of ``--data``, announced."""
-    words = load_words(args.data)
+    return announced(load_words(args.data))
+
+
+def announced(words: Words) -> Corpus:
+    """Words, announced."""
     note = f", {words.blank_lines} blank lines skipped" if words.blank_lines else ""
     stderr().print(f"data: {words.source}, {len(words.words):,} words{note}")
     return Corpus(words)

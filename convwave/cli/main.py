@@ -22,7 +22,7 @@ from convwave._lazy import load
 from convwave.data.words import NAMES_URL, DataError, fetch_names
 from convwave.files import CheckpointError, quoted
 from convwave.runs.folder import RUNS
-from convwave.train.config import MODELS, Diverged, Interrupted, UsageError
+from convwave.train.config import KEEP, MODELS, Diverged, Interrupted, UsageError
 from convwave.train.recipes import RECIPES
 from convwave.train.tiers import TIERS
 
@@ -155,7 +155,9 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument("--recipe", metavar="NAME", help=text)
     text = "another value in a field of the recipe, such as adam_lr=0.02; may be repeated"
     p.add_argument("--set", action="append", default=[], metavar="FIELD=VALUE", help=text)
-    p.add_argument("--steps", type=_whole(1, 2**31 - 1), help="default: the recipe's")
+    p.add_argument(
+        "--steps", type=_whole(1, 2**31 - 1), help="default: the recipe's on names.txt, else in proportion to the words"
+    )
     p.add_argument("--batch", type=_whole(1, 2**31 - 1), help="names or windows a step (default: the recipe's)")
     p.add_argument("--n-embd", type=_whole(1, 2**31 - 1), help="channels of the embedding (default: the recipe's)")
     p.add_argument("--n-hidden", type=_whole(1, 2**31 - 1), help="channels of every level (default: the recipe's)")
@@ -164,7 +166,10 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument("--device", help="cpu (default), cuda, cuda:1, ...")
     p.add_argument("--tier", choices=["auto", *TIERS], help="how to train it (default: auto, the fastest there is)")
     p.add_argument("--out", type=_path, metavar="DIR", help="where to save (default: a new directory in runs/)")
-    p.add_argument("--resume", action="store_true", help="continue the run in --out, or begin it")
+    p.add_argument("--keep", choices=KEEP, help="default: best by validation, on names.txt last, as published")
+    text = "continue the run in --out, or begin it; with more --steps than it has, extend it"
+    p.add_argument("--resume", action="store_true", help=text)
+    p.add_argument("--init", type=_path, metavar="RUN", help="begin with the weights of another run")
     p.add_argument("--save-every", type=float, default=10.0, metavar="S", help="seconds between savings (default: 10)")
 
     p = command("evaluate", "model:evaluate", "Exact loss of a network on every split.")

@@ -11,18 +11,18 @@ from pathlib import Path
 
 import torch
 
-from convwave.cli.console import check_device, corpus, number, print_json, stderr, table, write
+from convwave.cli.console import announced, check_device, corpus, number, print_json, stderr, table, write
 from convwave.data.packing import Corpus, Splits, Vocabulary
-from convwave.data.words import DataError
+from convwave.data.words import DataError, Words, bundled_words, load_words, read_words
 from convwave.files import CheckpointError, write_atomic
 from convwave.infer import generate
 from convwave.infer.score import EvaluationSet
 from convwave.nn import ConvWave, load
 from convwave.ops.library import available_backends
-from convwave.runs.folder import MODEL_FILE, RUNS
-from convwave.runs.registry import device_name, newest_model, provenance
+from convwave.runs.folder import MODEL_FILE, RUNS, STATE_FILE, Folder, clear_partials
+from convwave.runs.registry import device_name, newest_run, provenance
 from convwave.train.config import Config, UsageError
-from convwave.train.loop import train
+from convwave.train.loop import read_network, train
 
 _MANY = 1000  # names from which on their rate says something
 
@@ -31,8 +31,8 @@ def evaluate(args: argparse.Namespace) -> None:
     """``convwave evaluate``."""
     check_device(args.device)
     path, model = _load(args)
+    words = run_words(args, path.parent)
     started = time.perf_counter()
-    words = corpus(args)
     same = _trained_on(model, path, words)
     prepared = EvaluationSet(words.splits, _vocabulary(model, path), model.factors, args.device)
     ready = time.perf_counter()
@@ -66,7 +66,7 @@ def sample(args: argparse.Namespace) -> None:
     seed = secrets.randbelow(2**32) if args.seed is None else args.seed
     path, model = _load(args)
     vocabulary = _vocabulary(model, path)
-    words = corpus(args)
+    words = run_words(args, path.parent)
     same = _trained_on(model, path, words)
     marks = {name: mark for mark in reversed(Splits._fields) for name in getattr(words.splits, mark)}
     started = time.perf_counter()
@@ -116,14 +116,18 @@ def verify(args: argparse.Namespace) -> int:
     from convwave.verify.certificate import verify as checks_of
 
     check_device(args.device)
+    if not 0 <= args.seed < 2**64:
+        raise UsageError(f"--seed: expected 0 to 2**64 - 1, got {args.seed}")
     args.out.mkdir(parents=True, exist_ok=True)
-    words = corpus(args)
+    clear_partials(args.out, ("certificate.json",))
     networks: dict[str, ConvWave] = {}
     if args.checkpoint is not None:
         path, model = _load(args)
+        words = run_words(args, path.parent)
         networks[str(path)] = model
         vocabulary = _vocabulary(model, path)
     else:
+        words = corpus(args)
         vocabulary = words.vocabulary
         torch.manual_seed(args.seed)
         networks["fresh"] = ConvWave(len(vocabulary), vocabulary=vocabulary)
@@ -191,15 +195,54 @@ def _trained_on(model: ConvWave, path: Path, words: Corpus) -> bool | None:
     return model.data_sha256 == words.sha256
 
 
+def run_words(args: argparse.Namespace, run: Path | None) -> Corpus:
+    """The words of ``--data``, else those that a run was trained on, else the default; says what is missing."""
+    if run is None or args.data is not None:
+        return corpus(args)
+    words, missing = _own_words(run)
+    if words is not None:
+        return announced(words)
+    if missing is not None:
+        stderr().print(f"note: the words that {run} was trained on are not there ({missing}); pass --data FILE")
+    return corpus(args)
+
+
+def load_network(path: Path, data: str | None) -> tuple[Path, ConvWave]:
+    """The network of a model file or of a run, also of one that was interrupted, and the file that it is from.
+
+    Args:
+        path: the file or the folder of the run.
+        data: the words to compute statistics of, if the run needs its own and they are gone; None is the default.
+    """
+    if not path.is_dir():
+        return path, load(path)
+    model, state = path / MODEL_FILE, path / STATE_FILE
+    if model.exists() or not state.exists():
+        return model, load(model)
+    network = read_network(path, lambda: Corpus(_own_words(path)[0] or load_words(data)))
+    stderr().print(f"note: {path} was interrupted; this is its network so far")
+    return state, network
+
+
+def _own_words(run: Path) -> tuple[Words | None, str | None]:
+    """The words that a run was trained on, or why they are not there; neither where the run does not tell."""
+    source = Folder(run).source()
+    if source is None:
+        return None, None
+    try:
+        words = bundled_words() if source.path is None else read_words(source.path)
+    except DataError as error:
+        return None, str(error)
+    if words.sha256 != source.sha256:
+        return None, f"{source.path or source.name} is not what it was"
+    return words, None
+
+
 def _load(args: argparse.Namespace) -> tuple[Path, ConvWave]:
-    path = args.checkpoint
+    path = args.checkpoint or newest_run(RUNS)
     if path is None:
-        path = newest_model(RUNS)
-        if path is None:
-            raise UsageError(f"checkpoint: none given and no {RUNS}/**/{MODEL_FILE} here; run 'convwave train' first")
-    elif path.is_dir():
-        path = path / MODEL_FILE
-    return path, load(path)
+        raise UsageError(f"checkpoint: none given and no {RUNS}/**/{MODEL_FILE} here; run 'convwave train' first")
+    return load_network(path, args.data)
 
 
 def _vocabulary(model: ConvWave, path: Path) -> Vocabulary:

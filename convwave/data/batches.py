@@ -368,7 +368,7 @@ class StepReader:
         """Indices of the names of step i."""
         epoch, part = divmod(i, self.packed.num_words // batch)
         if epoch != self._epoch:  # the order depends on seed and epoch alone, so resuming needs no more than the step
-            generator = torch.Generator().manual_seed(self.plan.seed * 1_000_003 + epoch)
+            generator = torch.Generator().manual_seed((self.plan.seed * 1_000_003 + epoch) % 2**64)
             self._epoch, self._order = epoch, torch.randperm(self.packed.num_words, generator=generator)
         return self._order[part * batch : (part + 1) * batch]
 

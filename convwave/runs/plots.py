@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -23,6 +23,13 @@ class Block(NamedTuple):
     mean_loss: float
 
 
+class Point(NamedTuple):
+    """The validation loss after a step."""
+
+    step: int
+    loss: float
+
+
 def block_means(losses: Sequence[float], blocks: int = 200) -> list[Block]:
     """Average the losses over equal blocks of steps, at most about `blocks` of them: 1000 steps each for the post's."""
     size = max(1, len(losses) // blocks)
@@ -35,12 +42,38 @@ def loss_csv(curve: Sequence[Block]) -> str:
     return "step,loss\n" + "".join(f"{block.last_step},{block.mean_loss:.6f}\n" for block in curve)
 
 
-def loss_plot(curve: Sequence[Block], path: Path, title: str, val: float | None = None) -> None:
-    """Draw the curve of one run to a PNG, with its validation loss `val` where there is one."""
+def drawn(path: Path, draw: Callable[[], None]) -> str | None:
+    """Draw a picture; says in a line why that is impossible.
+
+    A picture is the last that a command writes: settings, fonts or a missing LaTeX can break matplotlib with any
+    exception, and the figures count without it.
+    """
+    try:
+        draw()
+    except Exception as error:
+        reason = (str(error).strip().splitlines() or [""])[0]
+        return f"note: {path} was not drawn: {type(error).__name__}: {reason}"
+    return None
+
+
+def loss_plot(
+    curve: Sequence[Block], path: Path, title: str, validation: Sequence[Point] = (), val: float | None = None
+) -> None:
+    """Draw the curve of one run to a PNG, with the validation losses measured on the way and `val`, of its network."""
     figure, axes = _axes()
     axes.plot([b.last_step for b in curve], [b.mean_loss for b in curve], color=BLUE, linewidth=1.2, label="training")
+    if validation:
+        axes.plot(
+            [p.step for p in validation],
+            [p.loss for p in validation],
+            "o-",
+            color=ORANGE,
+            markersize=3,
+            linewidth=1,
+            label="validation",
+        )
     if val is not None:
-        axes.axhline(val, color=ORANGE, linewidth=1, linestyle="--", label=f"validation at the end: {val:.4f}")
+        axes.axhline(val, color=ORANGE, linewidth=1, linestyle="--", label=f"validation of the network kept: {val:.4f}")
     size = curve[0].last_step
     axes.set(
         title=title,
@@ -66,7 +99,7 @@ def reproduction_plot(rows: Sequence[dict[str, object]], path: Path) -> None:
     left.set(title="validation loss (nats)", yticks=list(places), yticklabels=names)
     left.legend(frameon=False, loc="lower right")
     seconds = [float(str(row["train_seconds"])) for row in rows]
-    right.barh(list(places), seconds, color=[BLUE if row["published_val"] is None else GREY for row in rows])
+    right.barh(list(places), seconds, color=[BLUE if row["model"] == "convwave" else GREY for row in rows])
     for y, value in zip(places, seconds, strict=True):
         right.annotate(f"{value:.1f} s", (value, y), xytext=(4, 0), textcoords="offset points", va="center")
     right.set(title="training time (s)", yticks=[], xlim=(0, max(seconds) * 1.25))

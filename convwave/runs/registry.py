@@ -12,12 +12,16 @@ from typing import Any
 
 import torch
 
-from convwave.runs.folder import MODEL_FILE
+from convwave.runs.folder import MODEL_FILE, STATE_FILE
 
 
-def newest_model(runs: Path) -> Path | None:
-    """The newest model file of all runs in a folder, None where there is none."""
-    return max(runs.glob(f"**/{MODEL_FILE}"), key=lambda file: file.stat().st_mtime, default=None)
+def newest_run(runs: Path) -> Path | None:
+    """The run in a folder that finished last, else the one that was interrupted last; None where there is none."""
+    for name in (MODEL_FILE, STATE_FILE):
+        newest = max(runs.glob(f"**/{name}"), key=lambda file: file.stat().st_mtime, default=None)
+        if newest is not None:
+            return newest.parent
+    return None
 
 
 def provenance(command: str | None = None) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 
 import torch
@@ -47,7 +48,7 @@ class WindowedRun(Run):
     def step(self, i: int) -> float:
         ix = torch.randint(0, len(self.windows.targets), (self.config.batch,), generator=self.generator)
         ix = ix.to(self.windows.targets.device)
-        lr = self.config.recipe.lr * self.config.recipe.rate(i, self.config.steps)
+        lr = self.config.recipe.lr * self.config.rate(i)
         return reference.sgd_step(self.mlp, self.windows.inputs[ix], self.windows.targets[ix], lr)
 
     def finish(self) -> ConvWave:
@@ -60,10 +61,13 @@ class WindowedRun(Run):
         return {"generator": self.generator.get_state(), **prefixed("model", self.model().state_dict())}
 
     def restore(self, state: dict[str, Tensor]) -> None:
-        model = self.model()
-        model.load_state_dict(without_prefix("model", state))
-        self.mlp = to_windowed(model).to(self.config.device)
+        self.begin_with(without_prefix("model", state))
         self.generator.set_state(state["generator"])
+
+    def begin_with(self, weights: dict[str, Tensor]) -> None:
+        model = self.model()
+        model.load_state_dict(weights)
+        self.mlp = to_windowed(model).to(self.config.device)
 
 
 class ConvolutionRun(Run):
@@ -78,7 +82,7 @@ class ConvolutionRun(Run):
     def step(self, i: int) -> float:
         graph = self.reader.graph(i)
         self.positions = self.reader.count(graph.num_rows, graph.totals[-1])
-        rate = self.config.recipe.rate(i, self.config.steps)
+        rate = self.config.rate(i)
         loss = functional.loss(self.net(graph), graph)
         for optimizer in self.optimizers:
             optimizer.zero_grad()
@@ -90,7 +94,7 @@ class ConvolutionRun(Run):
         return loss.item()
 
     def finish(self) -> ConvWave:
-        return ready(self.net, self.reader)
+        return ready(copy.deepcopy(self.net), self.reader)
 
     def model(self) -> ConvWave:
         return self.net
@@ -100,3 +104,6 @@ class ConvolutionRun(Run):
 
     def restore(self, state: dict[str, Tensor]) -> None:
         restore_network(state, self.net, self.reader, self.optimizers)
+
+    def begin_with(self, weights: dict[str, Tensor]) -> None:
+        self.net.load_state_dict(weights)

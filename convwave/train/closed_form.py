@@ -17,6 +17,8 @@ Shapes: N rows of a level, C channels below, H channels, k taps, V tokens, V' = 
 
 from __future__ import annotations
 
+import copy
+
 import torch
 from torch import Tensor
 
@@ -258,7 +260,7 @@ class ClosedFormRun(Run):
         batch = self.reader.batch(i)
         self.positions = self.reader.count(batch.weights[-1].numel(), batch.totals[-1])
         loss = self.form.gradients(batch)
-        self.optimizer.step(self.config.recipe.rate(i, self.config.steps))
+        self.optimizer.step(self.config.rate(i))
         return loss.item()
 
     @torch.no_grad()
@@ -269,7 +271,7 @@ class ClosedFormRun(Run):
         return self.net
 
     def finish(self) -> ConvWave:
-        return ready(self.model(), self.reader)
+        return ready(copy.deepcopy(self.model()), self.reader)
 
     def state(self) -> dict[str, Tensor]:
         return network_state(self.model(), self.reader, ()) | prefixed("optimizer", self.optimizer.state())
@@ -278,3 +280,7 @@ class ClosedFormRun(Run):
         restore_network(state, self.net, self.reader, ())
         self.form.load(self.net)
         self.optimizer.load(without_prefix("optimizer", state))
+
+    def begin_with(self, weights: dict[str, Tensor]) -> None:
+        self.net.load_state_dict(weights)
+        self.form.load(self.net)

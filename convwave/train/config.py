@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import asdict, dataclass, replace
+from typing import TYPE_CHECKING, Any
 
 from convwave.train.recipes import BLOG, PUBLISHED, Recipe, named
 from convwave.train.tiers import choose_tier
 
+if TYPE_CHECKING:
+    from convwave.data.packing import Corpus
+
 MODELS = ("convwave", *PUBLISHED)
+KEEP = ("best", "last")
+_NAMES_TXT_WORDS = 32_033  # what the recipes' steps were chosen for
 
 
 class UsageError(ValueError):
@@ -31,8 +36,12 @@ class Config:
         model: "convwave", or one of the post's windowed networks: "mlp3", "mlp8", "hierarchical".
         recipe: a value, so that any field can be varied.
         steps, batch: of the recipe unless given.
-        seed: of weights and batches; the windowed networks draw both from one generator, as the post does.
+        seed: of weights and batches, 0 to 2**64 - 1, of which torch's generator for CPUs reads the last 32 bits; the
+            windowed networks draw both from one generator, as the post does.
         tier: of `tiers.TIERS`: which implementation trains it.
+        keep: the network that a run ends with: "last", or "best" by the validation losses measured on the way.
+        start: the step at which the schedule began: what a run had done before it was extended.
+        init: the run whose weights it began from; None is a random start.
     """
 
     model: str
@@ -45,6 +54,9 @@ class Config:
     levels: int
     device: str = "cpu"
     tier: str = "reference"
+    keep: str = "last"
+    start: int = 0
+    init: str | None = None
 
     @classmethod
     def make(
@@ -60,6 +72,8 @@ class Config:
         levels: int | None = None,
         device: str | None = None,
         tier: str | None = None,
+        keep: str | None = None,
+        init: str | None = None,
     ) -> Config:
         """Fill in what is None from the recipe; the tier is the fastest of this device unless given.
 
@@ -95,13 +109,17 @@ class Config:
             levels=depth if levels is None else levels,
             device=device,
             tier=tier,
+            keep=keep or "last",
+            init=init,
         )
+        if config.keep not in KEEP:
+            raise UsageError(f"keep: expected one of {', '.join(KEEP)}, got {config.keep!r}")
         if batch is not None and chosen.batch_of == "text":
             raise UsageError(f"batch: recipe {chosen.name!r} reads the whole text in every step, got {batch}")
         if config.batch < 2 and chosen.batch_of == "windows":
             raise UsageError("batch: expected at least 2 windows, the variance of one is not defined, got 1")
-        if config.seed >= 2**63:
-            raise UsageError(f"seed: expected below 2**63, got {config.seed}")
+        if config.seed >= 2**64:
+            raise UsageError(f"seed: expected at most 2**64 - 1, got {config.seed}")
         for name, low in {"steps": 1, "batch": 1, "n_embd": 1, "n_hidden": 1, "levels": 1, "seed": 0}.items():
             if getattr(config, name) < low:
                 raise UsageError(f"{name}: expected at least {low}, got {getattr(config, name)}")
@@ -117,6 +135,29 @@ class Config:
             KeyError, TypeError, ValueError: something is missing, unknown or out of range.
         """
         return cls(**{**values, "recipe": Recipe(**values["recipe"])})
+
+    def suited(self, corpus: Corpus, *, steps: bool = True, keep: bool = True) -> Config:
+        """The configuration with the defaults that depend on the data.
+
+        On the post's names.txt nothing changes: the recipes were made for it, and their published figures are those of
+        the last step. Elsewhere steps grow with the number of words, but are a fortieth of the recipe's at least, and
+        the best network is kept where there are validation words to choose it by.
+
+        Args:
+            corpus: the words.
+            steps, keep: False leaves what the user asked for.
+        """
+        if corpus.is_names_txt:
+            return self
+        number = self.steps
+        if steps:
+            number = max(1, round(self.steps * max(0.025, len(corpus.words) / _NAMES_TXT_WORDS)))
+        chosen = "best" if keep and corpus.splits.val else self.keep
+        return replace(self, steps=number, keep=chosen)
+
+    def rate(self, step: int) -> float:
+        """What the learning rates are multiplied by at a step; an extension's schedule begins anew."""
+        return self.recipe.rate(step - self.start, self.steps - self.start)
 
     def summary(self) -> dict[str, Any]:
         """Plain JSON values; `recipe` is its name, `recipe_fields` all of it."""

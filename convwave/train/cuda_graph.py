@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 
 import torch
@@ -29,7 +30,7 @@ class GraphedRun(Run):
         self.config, device = config, torch.device(config.device)
         self.net, self.reader = convolution(config, train, vocabulary)
         self.optimizers = _capturable(make_optimizers(config.recipe, self.net), device)
-        rates = [config.recipe.rate(i, config.steps) for i in range(config.steps)]
+        rates = [config.rate(i) for i in range(config.steps)]
         self._rates = torch.tensor(rates, dtype=torch.float32, device=device)
         self._losses = torch.zeros(config.steps, device=device)
         self._at = torch.zeros(1, dtype=torch.int64, device=device)  # the step that comes next
@@ -108,7 +109,7 @@ class GraphedRun(Run):
         return self.steps(i, i + 1)[0]
 
     def finish(self) -> ConvWave:
-        return ready(self.net, self.reader)
+        return ready(copy.deepcopy(self.net), self.reader)
 
     def model(self) -> ConvWave:
         return self.net
@@ -119,6 +120,10 @@ class GraphedRun(Run):
     def restore(self, state: dict[str, Tensor]) -> None:
         self._replay = None
         restore_network(state, self.net, self.reader, self.optimizers)
+
+    def begin_with(self, weights: dict[str, Tensor]) -> None:
+        self._replay = None
+        self.net.load_state_dict(weights)
 
 
 def _capturable(optimizers: list[torch.optim.Optimizer], device: torch.device) -> list[torch.optim.Optimizer]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -54,6 +55,30 @@ def convolution(config: Config, train: Packed, vocabulary: Vocabulary) -> tuple[
     )
     reader = StepReader(plan, train, len(vocabulary), config.factors, generator, config.device)
     return net.to(config.device).train(), reader
+
+
+def network(
+    config: Config, train: Packed, vocabulary: Vocabulary, weights: dict[str, Tensor], exact: bool = True
+) -> ConvWave:
+    """The network of a run that has these parameters and statistics, ready to evaluate, on the CPU.
+
+    Args:
+        config: of the run.
+        train: its words.
+        vocabulary: of the network.
+        weights: by their names in the state dict.
+        exact: compute the statistics from the words, as at the end of a run; False takes those in `weights`.
+
+    Raises:
+        RuntimeError: parameters of other names or shapes.
+    """
+    if config.model in PUBLISHED:
+        net = from_windowed(windowed_network(config, len(vocabulary), torch.Generator()))
+        net.load_state_dict(weights)
+        return net.eval()
+    net, reader = convolution(replace(config, device="cpu"), train, vocabulary)
+    net.load_state_dict(weights)
+    return ready(net, reader) if exact else net.eval()
 
 
 def ready(net: ConvWave, reader: StepReader) -> ConvWave:

@@ -41,7 +41,7 @@ class Run(Protocol):
         return [self.step(i) for i in range(first, stop)]
 
     def finish(self) -> ConvWave:
-        """The trained network, ready to evaluate."""
+        """The network as training would end now, a copy ready to evaluate; the run can go on."""
 
     def model(self) -> ConvWave:
         """The network as it is now, a copy or itself."""
@@ -51,6 +51,9 @@ class Run(Protocol):
 
     def restore(self, state: dict[str, Tensor]) -> None:
         """Continue from what `state` returned."""
+
+    def begin_with(self, weights: dict[str, Tensor]) -> None:
+        """Before the first step: take the parameters and statistics of another network, by their names in `model`."""
 
 
 class Tier(NamedTuple):
