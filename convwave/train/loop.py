@@ -403,7 +403,7 @@ def read_network(out: Path, corpus: Callable[[], Corpus]) -> ConvWave:
         words = corpus()
         if words.sha256 != state.data_sha256:
             raise CheckpointError(
-                f"{folder.state}: a run that was interrupted needs the words it learns, {words.source} has others"
+                f"{folder.state}: a run that was interrupted needs the words it learns, those of {words.source} are others"
             )
         some = pack(words.splits.train, vocabulary)
     try:
