@@ -257,6 +257,24 @@ def test_damaged_states_are_named(tier: str, optimizer: str, few: cw.Words, tmp_
         write_tensors(path, kept, metadata)
         with pytest.raises(CheckpointError, match="is not a usable state"):
             train(config, few, tmp_path, resume=True)
+    for name, value in [
+        ("steps", "many"),
+        ("steps", 2.5),
+        ("seed", 2**64),
+        ("batch", 0),
+        ("levels", 13),
+        ("keep", "worst"),
+        ("start", 9),
+        ("model", "rnn"),
+        ("model", []),
+        ("tier", "warp"),
+        ("device", 5),
+        ("recipe", 5),
+        ("init", 5),
+    ]:
+        write_tensors(path, tensors, {**metadata, "config": {**metadata["config"], name: value}})
+        with pytest.raises(CheckpointError, match="is not a usable state"):
+            training.read_config(tmp_path)
     write_tensors(path, tensors, {**metadata, "config": {**metadata["config"], "colour": "red"}})
     with pytest.raises(CheckpointError, match=r"is not a usable state.*colour"):
         train(config, few, tmp_path, resume=True)
