@@ -202,8 +202,7 @@ def run_words(args: argparse.Namespace, run: Path | None) -> Corpus:
     words, missing = _own_words(run)
     if words is not None:
         return announced(words)
-    if missing is not None:
-        stderr().print(f"note: the words that {run} was trained on are not there ({missing}); pass --data FILE")
+    _say_missing(run, missing)
     return corpus(args)
 
 
@@ -219,9 +218,20 @@ def load_network(path: Path, data: str | None) -> tuple[Path, ConvWave]:
     model, state = path / MODEL_FILE, path / STATE_FILE
     if model.exists() or not state.exists():
         return model, load(model)
-    network = read_network(path, lambda: Corpus(_own_words(path)[0] or load_words(data)))
+
+    def learned() -> Corpus:
+        words, missing = _own_words(path)
+        _say_missing(path, missing)
+        return Corpus(words or load_words(data))
+
+    network = read_network(path, learned)
     stderr().print(f"note: {path} was interrupted; this is its network so far")
     return state, network
+
+
+def _say_missing(run: Path, missing: str | None) -> None:
+    if missing is not None:
+        stderr().print(f"note: the words that {run} was trained on are not there ({missing}); pass --data FILE")
 
 
 def _own_words(run: Path) -> tuple[Words | None, str | None]:

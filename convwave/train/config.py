@@ -13,6 +13,7 @@ if TYPE_CHECKING:
 
 MODELS = ("convwave", *PUBLISHED)
 KEEP = ("best", "last")
+_LOWEST = {"steps": 1, "batch": 1, "n_embd": 1, "n_hidden": 1, "levels": 1, "seed": 0, "start": 0}
 _NAMES_TXT_WORDS = 32_033  # what the recipes' steps were chosen for
 
 
@@ -112,20 +113,24 @@ class Config:
             keep=keep or "last",
             init=init,
         )
-        if config.keep not in KEEP:
-            raise UsageError(f"keep: expected one of {', '.join(KEEP)}, got {config.keep!r}")
         if batch is not None and chosen.batch_of == "text":
             raise UsageError(f"batch: recipe {chosen.name!r} reads the whole text in every step, got {batch}")
         if config.batch < 2 and chosen.batch_of == "windows":
             raise UsageError("batch: expected at least 2 windows, the variance of one is not defined, got 1")
-        if config.seed >= 2**64:
-            raise UsageError(f"seed: expected at most 2**64 - 1, got {config.seed}")
-        for name, low in {"steps": 1, "batch": 1, "n_embd": 1, "n_hidden": 1, "levels": 1, "seed": 0}.items():
-            if getattr(config, name) < low:
-                raise UsageError(f"{name}: expected at least {low}, got {getattr(config, name)}")
-        if config.levels > 12:
-            raise UsageError(f"levels: expected at most 12 (a context of 4096), got {config.levels}")
+        config._check()
         return config
+
+    def _check(self) -> None:
+        """Raises UsageError for a number out of range."""
+        if self.keep not in KEEP:
+            raise UsageError(f"keep: expected one of {', '.join(KEEP)}, got {self.keep!r}")
+        if self.seed >= 2**64:
+            raise UsageError(f"seed: expected at most 2**64 - 1, got {self.seed}")
+        for name, low in _LOWEST.items():
+            if getattr(self, name) < low:
+                raise UsageError(f"{name}: expected at least {low}, got {getattr(self, name)}")
+        if self.levels > 12:
+            raise UsageError(f"levels: expected at most 12 (a context of 4096), got {self.levels}")
 
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> Config:
@@ -134,7 +139,18 @@ class Config:
         Raises:
             KeyError, TypeError, ValueError: something is missing, unknown or out of range.
         """
-        return cls(**{**values, "recipe": Recipe(**values["recipe"])})
+        config = cls(**{**values, "recipe": Recipe(**values["recipe"])})
+        for name in _LOWEST:
+            if type(getattr(config, name)) is not int:
+                raise TypeError(f"{name}: expected a whole number, got {getattr(config, name)!r}")
+        for name in ("device", "tier", *(["init"] if config.init is not None else [])):
+            if not isinstance(getattr(config, name), str):
+                raise TypeError(f"{name}: expected text, got {getattr(config, name)!r}")
+        if config.model not in MODELS or config.start > config.steps:
+            raise ValueError(f"model, start: expected a known one and at most {config.steps}")
+        choose_tier(config.tier, config.model, config.recipe, config.device)
+        config._check()
+        return config
 
     def suited(self, corpus: Corpus, *, steps: bool = True, keep: bool = True) -> Config:
         """The configuration with the defaults that depend on the data.

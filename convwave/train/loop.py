@@ -353,7 +353,7 @@ class _Training:
                 self.run.restore(state.tensors)
             else:
                 self.run.begin_with(without_prefix("model", state.tensors))
-        except (KeyError, RuntimeError) as error:
+        except (KeyError, TypeError, ValueError, RuntimeError) as error:
             raise folder.unusable(error) from None
         self.reporter.message(f"resuming {folder.path} after step {len(self.losses)} of {self.config.steps}")
 
@@ -403,12 +403,12 @@ def read_network(out: Path, corpus: Callable[[], Corpus]) -> ConvWave:
         words = corpus()
         if words.sha256 != state.data_sha256:
             raise CheckpointError(
-                f"{folder.state}: a run that was interrupted needs the words it learns, {words.source} has others"
+                f"{folder.state}: a run that was interrupted needs the words it learns, those of {words.source} differ"
             )
         some = pack(words.splits.train, vocabulary)
     try:
         model = network(config, some, vocabulary, weights, exact=not state.best)
-    except (KeyError, RuntimeError) as error:
+    except (KeyError, TypeError, ValueError, RuntimeError) as error:
         raise folder.unusable(error) from None
     model.vocabulary, model.data_sha256 = vocabulary, state.data_sha256
     return model
