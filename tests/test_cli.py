@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -14,6 +15,7 @@ from datetime import datetime
 from pathlib import Path
 
 import pytest
+import torch
 
 import convwave as cw
 from convwave import cli
@@ -474,6 +476,152 @@ def test_verify_removes_its_own_left_overs_only(trained: Path, few: Path, tmp_pa
     assert cli.main(["verify", str(trained), "--data", str(few), "--out", str(tmp_path)]) == 0
     left = sorted(path.name for path in tmp_path.iterdir())
     assert left == [".holiday.partial", ".state.safetensors.77.partial", "certificate.json"]
+
+
+@pytest.mark.parametrize(
+    "value", ["0", "-1", "nan", "1.5", str(2**31), str(2**53), str(2**63), str(2**64), "9" * 5000, ""]
+)
+@pytest.mark.parametrize(
+    "option",
+    [
+        *("train --steps", "train --batch", "train --n-embd", "train --n-hidden", "train --levels"),
+        *(
+            "reproduce --blog-steps",
+            "reproduce --fast-steps",
+            "sample --top-k",
+            "sample --max-length",
+            "sample --count",
+        ),
+    ],
+)
+def test_numbers_out_of_range_are_one_short_line(option: str, value: str, few: Path, trained: Path, capsys) -> None:
+    command, name = option.split()
+    if (name, value) == ("--count", "0"):
+        return
+    run = [str(trained)] if command == "sample" else []
+    line = refused([command, *run, f"{name}={value}", "--data", str(few)], capsys)
+    assert name.strip("-") in line
+    assert len(line) < 400
+
+
+def test_sizes_beyond_memory_are_refused_before_it_is_full(few: Path, capsys) -> None:
+    for options in (["--n-hidden", "1000000"], ["--n-embd", "2000000000"], ["--batch", "2000000000"]):
+        assert "GB of memory" in refused(["train", *options, "--data", str(few)], capsys)
+    assert "GB of memory" in refused(["train", "--set", f"n_hidden={2**40}", "--data", str(few)], capsys)
+
+
+@pytest.mark.parametrize(
+    "error", [MemoryError(), RuntimeError("[enforce] DefaultCPUAllocator: can't allocate memory: you tried\nto")]
+)
+def test_too_little_memory_is_one_line(error: Exception, trained: Path, few: Path, capsys, monkeypatch) -> None:
+    def fail(*arguments: object) -> None:
+        raise error
+
+    monkeypatch.setattr("convwave.cli.model.load", fail)
+    assert "memory" in refused(["evaluate", str(trained), "--data", str(few)], capsys)
+
+
+def test_odd_paths_and_devices_are_refused(trained: Path, few: Path, tmp_path: Path, capsys) -> None:
+    use = ["--data", str(few)]
+    for arguments, text in [
+        (["evaluate", str(trained), "--data", ""], "expected the path of a text file, got ''"),
+        (["evaluate", str(trained), "--data", "a\0b"], "null byte"),
+        (["evaluate", "", *use], "expected a path, got ''"),
+        (["evaluate", "a\0b", *use], "expected a path, got 'a\\x00b'"),
+        (["train", "--out", "", *use], "expected a path, got ''"),
+        (["evaluate", os.devnull, *use], "is not a regular file"),
+        (["evaluate", str(trained), "--device", "cpu:99", *use], "--device: expected cpu or cuda, got 'cpu:99'"),
+        (["evaluate", str(trained), "--device", "hpu", *use], "--device: 'hpu' is not available"),
+        (["evaluate", str(trained), "--device", "\udcff", *use], "--device: '\\udcff' is not available"),
+        (["sample", str(trained), "--prefix", "\udcff", *use], "--prefix: character '\\udcff'"),
+        (["sample", str(trained), "--seed", "-1", *use], "--seed: expected 0 to 2**64 - 1, got -1"),
+        (["verify", str(trained), "--seed", str(2**64), *use], "--seed: expected 0 to 2**64 - 1"),
+        (["evaluate", "a\nb", *use], "a b: no such file"),
+    ]:
+        assert text in refused(arguments, capsys), arguments
+    assert cli.main(["evaluate", str(trained), "--device", "cpu:0", *use]) == 0
+
+
+def test_weights_that_make_no_probabilities_are_named(trained: Path, few: Path, tmp_path: Path, capsys) -> None:
+    model = cw.load(trained / "model.safetensors")
+    with torch.no_grad():
+        model.head.weight.fill_(3e38)
+    model.save(tmp_path / "m")
+    for command in (["evaluate"], ["evaluate", "--json"], ["sample"]):
+        line = refused([command[0], str(tmp_path / "m"), *command[1:], "--data", str(few)], capsys)
+        assert "the loss of split" in line or "logits are not finite" in line
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="needs file descriptors of Unix")
+def test_closed_streams_are_no_error_and_nothing_strays(trained: Path, few: Path) -> None:
+    """As under cron or pythonw: a message for standard error must not come out on standard output."""
+    run = f"'{sys.executable}' -m convwave"
+    for words, status in [(f"sample '{trained}' -n 2 --data '{few}'", 0), ("evaluate nowhere", 2), ("dance", 2)]:
+        for closed in (">&-", "2>&-", "<&- >&- 2>&-"):
+            done = subprocess.run(["bash", "-c", f"{run} {words} {closed}"], capture_output=True, text=True)
+            assert done.returncode == status, done.stderr
+            assert "Traceback" not in done.stderr
+            if closed == "2>&-" and status:
+                assert done.stdout == ""
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+def test_a_full_disk_is_one_line(few: Path) -> None:
+    command = f"'{sys.executable}' -m convwave data --json --data '{few}' > /dev/full"
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True)
+    assert done.returncode == 2
+    assert done.stderr.splitlines()[-1] == "convwave: standard output: No space left on device"
+
+
+def test_an_ascii_locale_in_another_folder(trained: Path, few: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "žé語"
+    folder.mkdir()
+    for name, source in (("m", trained / "model.safetensors"), ("n", few)):
+        (folder / name).write_bytes(source.read_bytes())
+    locale = {"LC_ALL": "C", "PYTHONCOERCECLOCALE": "0", "PYTHONUTF8": "0"}
+    command = [sys.executable, "-m", "convwave", "evaluate", "m", "--data", str(folder / "n"), "--json"]
+    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, **locale}, cwd=folder)
+    assert done.returncode == 0, done.stderr
+    assert last_json(done.stdout)["splits"]
+
+
+def test_names_are_fresh_each_time_and_the_seed_repeats_them(trained: Path, few: Path, capsys) -> None:
+    arguments = ["sample", str(trained), "--data", str(few)]
+    drawn = []
+    for _ in range(2):
+        assert cli.main(arguments) == 0
+        drawn.append(capsys.readouterr())
+    assert drawn[0].out != drawn[1].out
+    seed = re.search(r"seed (\d+): --seed \1 draws these names again", drawn[0].err)
+    assert seed
+    assert cli.main([*arguments, "--seed", seed[1]]) == 0
+    again = capsys.readouterr()
+    assert again.out == drawn[0].out
+    assert "draws these names again" not in again.err
+    assert "/s" not in again.err, "twenty names have no rate"
+    assert cli.main([*arguments, "-n", "2000", "--json"]) == 0
+    captured = capsys.readouterr()
+    assert "/s)" in captured.err
+    assert last_json(captured.out)["seed"] >= 0
+
+
+def test_new_and_unique_names(trained: Path, few: Path, capsys, monkeypatch) -> None:
+    arguments = ["sample", str(trained), "--data", str(few), "-n", "200", "--seed", "1", "--max-length", "3", "--json"]
+    words = set(few.read_text().split())
+    monkeypatch.setattr("convwave.infer.generate.FRUITLESS", 2000)
+    every, new, unique = (
+        [entry["name"] for entry in last_json(run)["names"]]
+        for run in (
+            cli.main([*arguments, *options]) or capsys.readouterr().out
+            for options in ([], ["--new-only"], ["--new-only", "--unique"])
+        )
+    )
+    assert len(every) == len(new) == len(unique) == len(set(unique)) == 200
+    assert words.isdisjoint(new)
+    assert words.isdisjoint(unique)
+    assert len(set(every)) < 200
+    assert cli.main(["sample", str(trained), "--data", str(few), "--temperature", "0", "--unique"]) == 0
+    assert "2,000 draws in a row brought no other name" in capsys.readouterr().err
 
 
 def test_resume_takes_the_options_of_the_run(trained: Path, few: Path, capsys) -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import random
 import re
+import threading
 from pathlib import Path
 
 import pytest
@@ -91,6 +93,52 @@ def test_bad_paths_are_named(tmp_path: Path) -> None:
         cw.read_words(tmp_path / "missing.txt")
     with pytest.raises(cw.DataError, match="is a directory"):
         cw.read_words(tmp_path)
+    with pytest.raises(cw.DataError, match="null byte"):
+        cw.read_words("a\0b")
+    with pytest.raises(cw.DataError, match="cannot be read"):
+        cw.read_words("x" * 5000)
+    with pytest.raises(cw.DataError, match="expected the path of a text file, got ''"):
+        cw.load_words("")
+
+
+def test_a_broken_line_is_quoted_shortened(tmp_path: Path) -> None:
+    with pytest.raises(cw.DataError, match=r"line 2: 'aaa.*\.\.\.' contains") as caught:
+        cw.read_words(write(tmp_path / "long.txt", "b\n" + "a" * 10**6 + ".\n"))
+    assert len(str(caught.value)) < 250 + len(str(tmp_path))
+    vocab = cw.Vocabulary([".", *map(chr, range(0x4E00, 0x4E00 + 5000))])
+    with pytest.raises(cw.DataError, match=r"character 'a' is not among the vocabulary's 5001: '.*\.\.\.'") as caught:
+        vocab.encode("a")
+    assert len(str(caught.value)) < 200
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs pipes with names")
+def test_pipes_are_read_to_their_end_and_silent_ones_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    monkeypatch.setattr(data, "PATIENCE", 0.05)
+    with pytest.raises(cw.DataError, match="nothing comes from it"):
+        cw.read_words(tmp_path / "pipe")
+    monkeypatch.setattr(data, "PATIENCE", 60.0)
+
+    def speak() -> None:
+        with open(tmp_path / "pipe", "w") as pipe:
+            for word in ("anna\n", "berta\n"):
+                pipe.write(word)
+                pipe.flush()
+
+    writer = threading.Thread(target=speak)
+    writer.start()
+    assert cw.read_words(tmp_path / "pipe").words == ["anna", "berta"]
+    writer.join()
+
+
+@pytest.mark.skipif(not Path("/dev/zero").exists(), reason="needs /dev/zero")
+def test_endless_and_huge_files_are_refused_at_a_stated_limit(tmp_path: Path) -> None:
+    with pytest.raises(cw.DataError, match="holds more than 67,108,864 bytes"):
+        cw.read_words("/dev/zero")
+    write(tmp_path / "huge", "a\n")
+    os.truncate(tmp_path / "huge", 2**40)  # takes no room on the disk
+    with pytest.raises(cw.DataError, match="holds more than 67,108,864 bytes"):
+        cw.read_words(tmp_path / "huge")
 
 
 def test_fetch_checks_the_checksum_and_keeps_nothing_else(tmp_path: Path, names_txt: cw.Words) -> None:

@@ -138,7 +138,13 @@ def test_bad_arguments_are_named() -> None:
         ({"prefix": "abc", "max_length": 2}, "max_length: expected at least 3, got 2"),
         ({"prefix": "z"}, "character 'z'"),
         ({"prefix": "a."}, "reserved"),
+        ({"prefix": "\udcff"}, r"character '\\udcff' is not among"),
         ({"count": -1}, "count: expected at least 0, got -1"),
+        ({"batch": 0}, "batch: expected at least 1, got 0"),
+        ({"seed": 2**64}, r"seed: expected 0 to 2\*\*64 - 1, got 18446744073709551616"),
+        ({"seed": -1}, "seed: expected 0"),
+        ({"vocabulary": cw.Vocabulary(".a")}, "vocabulary: expected 5 symbols as the model has, got 2"),
+        ({"vocabulary": cw.Vocabulary(".abcdxyz"), "prefix": "z"}, "vocabulary: expected 5 symbols"),
     ]:
         with pytest.raises(ValueError, match=reason):
             cw.sample(model.train(), **{"count": 0, **arguments})
@@ -147,4 +153,50 @@ def test_bad_arguments_are_named() -> None:
         GenerationCache(network().train(), 1)
     model.vocabulary = None
     with pytest.raises(ValueError, match="vocabulary"):
+        cw.sample(model, 1)
+
+
+def test_the_largest_seed_draws() -> None:
+    assert cw.sample(network(), 5, seed=2**64 - 1) != cw.sample(network(), 5, seed=2**64 - 2)
+
+
+def test_unique_and_excluded_names() -> None:
+    model = network()
+    every = cw.sample(model, 400, max_length=3)
+    unique = cw.sample(model, 60, max_length=3, unique=True)
+    assert len(unique) == len(set(unique)) == 60
+    assert unique == cw.sample(model, 60, max_length=3, unique=True)
+    excluded = set(every[:200])
+    others = cw.sample(model, 40, max_length=3, exclude=excluded)
+    assert len(others) == 40
+    assert excluded.isdisjoint(others)
+    assert len(set(others)) < 40, "names may repeat unless unique is asked for"
+    assert cw.sample(model, 400, max_length=3) == every
+
+
+def test_sampling_gives_up_where_nothing_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("convwave.infer.generate.FRUITLESS", 200)
+    model = network()
+    assert len(cw.sample(model, 3, temperature=0, max_length=4, unique=True)) == 1
+    only = cw.sample(model, 1, temperature=0, max_length=4)
+    assert cw.sample(model, 3, temperature=0, max_length=4, exclude=only) == []
+    assert len(cw.sample(model, 100, max_length=1, unique=True)) <= 5
+
+
+@pytest.mark.parametrize("value", [float("inf"), float("nan")])
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_logits_that_are_not_finite_draw_nothing(value: float, temperature: float) -> None:
+    model = network()
+    with torch.no_grad():
+        model.head.bias[1] = value
+    with pytest.raises(ValueError, match="its logits are not finite"):
+        cw.sample(model, 2, temperature=temperature)
+    with torch.no_grad():
+        model.head.bias[1] = -float("inf")  # a letter that may not be
+    assert not any("a" in name for name in cw.sample(model, 50, temperature=temperature, max_length=9))
+
+
+def test_a_context_that_no_memory_holds_is_refused() -> None:
+    model = cw.ConvWave(5, 1, 1, levels=30, vocabulary=VOCAB)
+    with pytest.raises(ValueError, match="context of 1,073,741,824 tokens"):
         cw.sample(model, 1)
