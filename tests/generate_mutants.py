@@ -20,22 +20,22 @@ from tests.mutation import GENERATED, ROOT, Mutant, run_all, source_of
 
 # module -> how many faults are drawn
 DRAWS = {
-    "data.graph": 16,
-    "data.batches": 16,
-    "ops.naive": 4,
-    "ops.stack": 10,
-    "ops.level": 4,
-    "ops.fold": 4,
-    "ops.functional": 8,
-    "kernels.primitives": 10,
-    "kernels.forward": 8,
-    "kernels.backward": 12,
-    "kernels.activate": 4,
-    "train.optim": 8,
-    "train.closed_form": 12,
-    "train.recipes": 4,
-    "infer.generate": 8,
-    "infer.score": 8,
+    "data.graph": 6,
+    "data.batches": 6,
+    "ops.naive": 2,
+    "ops.stack": 5,
+    "ops.level": 2,
+    "ops.fold": 2,
+    "ops.functional": 4,
+    "kernels.primitives": 4,
+    "kernels.forward": 3,
+    "kernels.backward": 4,
+    "kernels.activate": 1,
+    "train.optim": 3,
+    "train.closed_form": 5,
+    "train.recipes": 2,
+    "infer.generate": 4,
+    "infer.score": 3,
 }
 
 _OPERATORS = {
