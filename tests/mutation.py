@@ -31,16 +31,20 @@ GENERATED = ROOT / "tests/generated_mutants.json"  # by generate_mutants.py
 SECONDS = 300  # after which a fault is taken to hang
 
 # Where to look for a fault that MUTANTS.md names no test for: by module, what is likely to see it first, then the rest.
-_FILES = "per_level graph batches generation sampling runs evaluation equivalence convert data frozen closed_form ops"
+_FILES = (
+    "per_level graph batches generation sampling runs evaluation equivalence convert data frozen closed_form ops nn"
+)
 _FIRST = {
     "data": "graph batches data frozen",
     "train": "per_level frozen",
     "infer.generate": "generation sampling",
     "infer.score": "evaluation per_level",
-    "convert": "convert",
-    "nn": "per_level frozen",
+    "convert": "nn convert",
+    "nn": "nn ops per_level frozen",
+    "ops.functional": "ops",
+    "ops.library": "ops",
 }
-_SLOW = ["tiers_end_at_the_same_losses", "make_the_same_checkpoints"]
+_SLOW = ["tiers_end_at_the_same_losses"]
 _KERNELS = (
     "tanh numbers_of_rows taps zeros very_many far_from_zero any_strides more_programs widths nobody_asks kernels"
 )
@@ -653,6 +657,40 @@ GENERATED_MUTANTS = [
     Mutant(*(entry[name] for name in ("name", "module", "old", "new")))
     for entry in json.loads(GENERATED.read_text(encoding="utf-8"))
     if "survives" not in entry
+]
+MUTANTS += [
+    Mutant(
+        "a row that counts nothing may matter",
+        "ops.functional",
+        "if not traced and bool((counts > 0).all()):",
+        "if True:",
+    ),
+    Mutant("taps outside the rows are not seen", "ops.functional", "elif not bool(inside):", "elif False:"),
+    Mutant(
+        "counts of a wrong shape are taken", "ops.functional", "if tuple(counts.shape) != shape and", "if False and"
+    ),
+    Mutant("hooks are not seen", "nn", "return any(getattr(module, name) for name in hooks) or", "return False and"),
+    Mutant(
+        "a cumulative average counts one batch too many", "nn", "1 / (1 + float(tracked))", "1 / (2 + float(tracked))"
+    ),
+    Mutant("batches are not counted", "nn", "self.num_batches_tracked.add_(1)", "self.num_batches_tracked.add_(0)"),
+    Mutant("running statistics follow half()", "nn", "setattr(self, name, old.to(new.device, torch.float32))", "pass"),
+    Mutant("a converted norm loses its mode", "convert", "block.train(level.training)", "pass"),
+    Mutant(
+        "second derivatives take statistics for constants",
+        "ops.library",
+        "if torch.is_grad_enabled() and not torch.compiler.is_compiling():",
+        "if False:",
+    ),
+    Mutant(
+        "torch.func goes through the closed form",
+        "ops.library",
+        "return torch._C._are_functorch_transforms_active()",
+        "return False",
+    ),
+    Mutant(
+        "the norm by itself divides biased", "ops.naive", "(total - 1 if unbiased else total), total", "total, total"
+    ),
 ]
 MUTANTS += GENERATED_MUTANTS
 
