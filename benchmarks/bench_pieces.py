@@ -29,7 +29,7 @@ from benchmarks.studies.sample import generation
 from benchmarks.tasks import Network, Stack
 
 DEVICE = os.environ.get("CONVWAVE_DEVICE", "cuda" if torch.cuda.is_available() else "cpu")
-PLAN = Plan(cw.load_words().words, DEVICE)
+PLAN = Plan(DEVICE, words=cw.load_words().words)
 Pick = Callable[[Any], Competitor]
 
 

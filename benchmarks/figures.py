@@ -29,7 +29,7 @@ from torch.nn import functional as F
 
 import convwave as cw
 from benchmarks.results import RESULTS
-from benchmarks.tasks import conv1d_stack, rectangle
+from benchmarks.tasks import Conv1dStack, rectangle
 from convwave.cli.console import stderr
 from convwave.files import write_atomic
 from convwave.runs.registry import provenance
@@ -162,7 +162,7 @@ def zero_padding(model: cw.ConvWave, packed: cw.Packed) -> dict[str, Any]:
     """nn.Conv1d with zeros on the left, as a user of temporal convolutions would write it, with the same weights."""
     exact = model.eval()(cw.dense_graph(packed))
     tokens, inside = rectangle(packed)
-    stack = conv1d_stack(model, pad=lambda h, dilation: F.pad(h, (dilation, 0)))
+    stack = Conv1dStack(model, pad=lambda h, dilation: F.pad(h, (dilation, 0)))
     padded = model.head(stack(model.embedding(tokens).transpose(1, 2)).transpose(1, 2))[inside]
     early = torch.arange(inside.shape[1]).expand(inside.shape)[inside] < model.context - 1
     difference = (padded - exact).abs().amax(1)

@@ -45,7 +45,7 @@ def new_document(study: str, plan: Plan, command: str, words: cw.Words) -> Docum
         "provenance": {**provenance(command), **more, "peers": {"pytorch-tcn": package_version("pytorch-tcn")}},
         "data": Path(words.source).name,
         "data_sha256": words.sha256,
-        "settings": {"quick": plan.quick, **{name: getattr(plan.settings, name) for name in settings}},
+        "settings": {"quick": plan.quick, **{name: getattr(plan, name) for name in settings}},
         "rows": [],
     }
 

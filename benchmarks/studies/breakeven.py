@@ -23,8 +23,8 @@ from typing import NamedTuple
 import torch
 
 import convwave as cw
-from benchmarks.harness import Point, Row, compare, numeric_flags
-from benchmarks.studies import Picture, Plan, Step, Study
+from benchmarks.harness import Row, compare, numeric_flags
+from benchmarks.studies import Picture, Plan, Step
 from benchmarks.tasks import Network
 
 STRATEGIES = ("windowed", "dense", "distinct")
@@ -125,16 +125,16 @@ def steps(plan: Plan) -> Iterator[Step]:
         (kind, size), levels, width = grid[i]  # drawn, so that a run cut short has seen some of each kind
         name = f"{kind}, {size:,}, context {2**levels}, width {width}"
         packed = functools.partial(text, plan, kind, size)
-        yield Step(("train", "scenario", name), functools.partial(_measure, plan, constants, packed, levels, width))
+        yield Step(("train", "scenario", name), _measure, (plan, constants, packed, levels, width))
 
 
-def _calibrate(plan: Plan, constants: list[Constants], point: Point) -> list[Row]:
+def _calibrate(plan: Plan, constants: list[Constants], point: Row) -> list[Row]:
     """Dense steps of other sizes than the scenarios', from tiny (overhead) to wide (products); none when cut short."""
     shapes = [(64, 16, 2), (64, 16, 4), (4000, 16, 4), (1000, 64, 2), (4000, 64, 3), (1000, 256, 2)]
     rows, demands, seconds = [], [], []
     for positions, width, levels in shapes[:4] if plan.quick else shapes:
         task = Network(plan.document(positions), plan.network(n_hidden=width, levels=levels), True, plan.device)
-        here = point._replace(x=f"{positions:,} positions, context {2**levels}, width {width}")
+        here = replace(point, x=f"{positions:,} positions, context {2**levels}, width {width}")
         found = _compare(plan, task, here, ("dense",))
         rows += found
         if found[0].median is None:
@@ -148,7 +148,7 @@ def _calibrate(plan: Plan, constants: list[Constants], point: Point) -> list[Row
 
 
 def _measure(
-    plan: Plan, constants: list[Constants], make: functools.partial[cw.Packed], levels: int, width: int, point: Point
+    plan: Plan, constants: list[Constants], make: functools.partial[cw.Packed], levels: int, width: int, point: Row
 ) -> list[Row]:
     if not constants:
         return [point.absent("prediction", "the constants were not measured", "right")]
@@ -160,26 +160,22 @@ def _measure(
         name: constants[0].seconds(demand(rows_of(name, levels, packed), 10, width, len(plan.vocabulary)))
         for name in STRATEGIES
     }
-    rows += [point.row(name, "predicted_seconds", "s", median=value, n=1) for name, value in predicted.items()]
+    rows += [point.row(name, "predicted_seconds", "s", median=value) for name, value in predicted.items()]
     if len(measured) < len(STRATEGIES):
         return [*rows, point.absent("prediction", "not every strategy was measured", "right")]
     chosen, best = (min(STRATEGIES, key=seconds.__getitem__) for seconds in (predicted, measured))
     note = f"predicted {chosen}, fastest {best}"
     regret = measured[chosen] / measured[best] - 1
-    rows.append(point.row("prediction", "right", "", median=float(chosen == best), n=1, note=note))
-    return [*rows, point.row("prediction", "regret", "of the fastest", median=regret, n=1, note=note)]
+    rows.append(point.row("prediction", "right", "", median=float(chosen == best), note=note))
+    return [*rows, point.row("prediction", "regret", "of the fastest", median=regret, note=note)]
 
 
-def _compare(plan: Plan, task: Network, point: Point, strategies: Sequence[str]) -> list[Row]:
-    short = replace(plan.settings, seconds=min(plan.settings.seconds, 2.0))
+def _compare(plan: Plan, task: Network, point: Row, strategies: Sequence[str]) -> list[Row]:
+    short = replace(plan, seconds=min(plan.seconds, 2.0))
     competitors = [task.convolution(kind) for kind in strategies]
     with numeric_flags():
         return compare(competitors, task.expected(), point, short, positions=task.positions, memory=False)
 
 
-STUDY = Study(
-    "breakeven",
-    "Can context, word lengths and width tell beforehand which graph wins?",
-    steps,
-    (Picture("Time lost by the predicted choice", "regret", "train", "of the fastest", "bars"),),
-)
+QUESTION = "Can context, word lengths and width tell beforehand which graph wins?"
+PICTURES = (Picture("Time lost by the predicted choice", "regret", "train", "of the fastest", "bars"),)

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Iterator
 from dataclasses import replace
 
-from benchmarks.harness import Point, Row
-from benchmarks.studies import MODES, RATE, Picture, Plan, Step, Study
+from benchmarks.harness import Row
+from benchmarks.studies import MODES, RATE, Picture, Plan, Step
 from benchmarks.studies.names import rows, triton
 from benchmarks.tasks import Network
 
@@ -15,10 +14,10 @@ from benchmarks.tasks import Network
 def steps(plan: Plan) -> Iterator[Step]:
     for levels in (3, 5, 7) if plan.quick else (10, 3, 6, 8, 4, 5, 7, 9, 11, 12):
         for mode in MODES:
-            yield Step((mode, "context", 2**levels), functools.partial(_measure, plan, levels, MODES[mode]))
+            yield Step((mode, "context", 2**levels), _measure, (plan, levels, MODES[mode]))
 
 
-def _measure(plan: Plan, levels: int, training: bool, point: Point) -> list[Row]:
+def _measure(plan: Plan, levels: int, training: bool, point: Row) -> list[Row]:
     """The convolution over one long text; the windowed MLP over its last windows, as many as `nodes` allow."""
     positions, nodes, width = (256, 2**12, 32) if plan.quick else (4096, 2**21 if plan.cuda else 2**18, 128)
     windows = min(positions, nodes // 2**levels)
@@ -29,14 +28,10 @@ def _measure(plan: Plan, levels: int, training: bool, point: Point) -> list[Row]
     return [*(replace(row, note=row.note or note) for row in found), point.row("FLOP ratio", "speedup", "x", **ratio)]
 
 
-STUDY = Study(
-    "context",
-    "How does the gain of the convolution over windows grow with the context?",
-    steps,
-    (
-        Picture("Training: speed-up over the windowed MLP", "speedup", "train", "times faster"),
-        Picture("Evaluation: speed-up over the windowed MLP", "speedup", "eval", "times faster"),
-        Picture("Training: rate", "positions_per_second", "train", RATE),
-        Picture("Training: peak memory", "bytes_per_position", "train", "bytes per position"),
-    ),
+QUESTION = "How does the gain of the convolution over windows grow with the context?"
+PICTURES = (
+    Picture("Training: speed-up over the windowed MLP", "speedup", "train", "times faster"),
+    Picture("Evaluation: speed-up over the windowed MLP", "speedup", "eval", "times faster"),
+    Picture("Training: rate", "positions_per_second", "train", RATE),
+    Picture("Training: peak memory", "bytes_per_position", "train", "bytes per position"),
 )

@@ -24,8 +24,8 @@ import torch
 from torch import Tensor
 
 import convwave as cw
-from benchmarks.harness import Competitor, Point, Results, Row, Work, compare, numeric_flags
-from benchmarks.studies import Picture, Plan, Step, Study
+from benchmarks.harness import Competitor, Results, Row, Work, compare, numeric_flags
+from benchmarks.studies import Picture, Plan, Step
 from benchmarks.tasks import Stack, need
 
 Rungs = tuple[list[Competitor], Results]
@@ -216,33 +216,29 @@ RUNGS = {"forward": forward, "eval": evaluation, "backward": backward, "tiles": 
 def steps(plan: Plan) -> Iterator[Step]:
     for precision in ("float32",) if plan.quick else ("float32", "tf32", "bfloat16"):
         for name in RUNGS:
-            yield Step((f"{name}, {precision}", None, None), functools.partial(_measure, plan, name, precision))
+            yield Step((f"{name}, {precision}", None, None), _measure, (plan, name, precision))
 
 
-def _measure(plan: Plan, name: str, precision: str, point: Point) -> list[Row]:
+def _measure(plan: Plan, name: str, precision: str, point: Row) -> list[Row]:
     if not plan.cuda:
         return [point.absent("kernels", "needs a CUDA device")]
     batch, length, channels = (4, 64, 32) if plan.quick else (64, 1024, 128)
     with numeric_flags(precision) as dtype:
         task = Stack(batch, length, channels, 1 if name == "tiles" else 3, dtype, True, plan.device)
         competitors, expected = RUNGS[name](task)
-        return compare(competitors, expected, point, plan.settings, positions=task.positions, baseline="PyTorch")
+        return compare(competitors, expected, point, plan, positions=task.positions, baseline="PyTorch")
 
 
 TIMES = "times faster than PyTorch, eager"
-STUDY = Study(
-    "ladder",
-    "What is each idea of the kernels worth?",
-    steps,
-    tuple(
-        Picture(f"{title}, {precision}", "speedup", f"{mode}, {precision}", TIMES, "bars")
-        for precision, modes in (("float32", RUNGS), ("bfloat16", ("forward", "backward")))
-        for mode, title in (
-            ("forward", "Forward, training mode"),
-            ("backward", "Backward"),
-            ("eval", "Evaluation"),
-            ("tiles", "Tiles"),
-        )
-        if mode in modes
-    ),
+QUESTION = "What is each idea of the kernels worth?"
+PICTURES = tuple(
+    Picture(f"{title}, {precision}", "speedup", f"{mode}, {precision}", TIMES, "bars")
+    for precision, modes in (("float32", RUNGS), ("bfloat16", ("forward", "backward")))
+    for mode, title in (
+        ("forward", "Forward, training mode"),
+        ("backward", "Backward"),
+        ("eval", "Evaluation"),
+        ("tiles", "Tiles"),
+    )
+    if mode in modes
 )

@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Iterator
 
-from benchmarks.harness import Point, Row, Unavailable, kernel_launches, operators
-from benchmarks.studies import MODES, Picture, Plan, Step, Study
+from benchmarks.harness import Row, Unavailable, kernel_launches, operators
+from benchmarks.studies import MODES, Picture, Plan, Step
 from benchmarks.studies.names import triton
 from benchmarks.tasks import Network
 
 
 def steps(plan: Plan) -> Iterator[Step]:
     for mode in MODES:
-        yield Step((mode, None, None), functools.partial(_measure, plan, MODES[mode]))
+        yield Step((mode, None, None), _measure, (plan, MODES[mode]))
 
 
-def _measure(plan: Plan, training: bool, point: Point) -> list[Row]:
+def _measure(plan: Plan, training: bool, point: Row) -> list[Row]:
     task = Network(plan.names(128), plan.network(), training, plan.device)
     competitors = [task.windowed(), task.convolution("dense"), task.convolution("distinct")]
     if plan.cuda:
@@ -26,20 +25,16 @@ def _measure(plan: Plan, training: bool, point: Point) -> list[Row]:
         try:
             run = competitor.make().run
         except Unavailable as reason:
-            rows.append(point.absent(competitor.provider, str(reason), "launches"))
+            rows.append(point.absent(competitor.provider, reason, "launches"))
             continue
         count = len(kernel_launches(run, 1)) if plan.cuda else operators(run)
         unit = "kernels" if plan.cuda else "operators"
-        rows.append(point.row(competitor.provider, "launches", unit, median=float(count), n=1))
+        rows.append(point.row(competitor.provider, "launches", unit, median=float(count)))
     return rows
 
 
-STUDY = Study(
-    "launches",
-    "How many kernels does one step start?",
-    steps,
-    (
-        Picture("Training step", "launches", "train", "kernels (CPU: operators)", "bars"),
-        Picture("Evaluation", "launches", "eval", "kernels (CPU: operators)", "bars"),
-    ),
+QUESTION = "How many kernels does one step start?"
+PICTURES = (
+    Picture("Training step", "launches", "train", "kernels (CPU: operators)", "bars"),
+    Picture("Evaluation", "launches", "eval", "kernels (CPU: operators)", "bars"),
 )

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 import convwave as cw
-from benchmarks.harness import Competitor, Point, Results, Row, Work, compare, numeric_flags
-from benchmarks.studies import Picture, Plan, Step, Study
+from benchmarks.harness import Competitor, Results, Row, Work, compare, numeric_flags
+from benchmarks.studies import Picture, Plan, Step
 from benchmarks.tasks import Network, compiled
 
 CHARACTERS = 16  # that every sequence reads and continues
@@ -19,17 +19,15 @@ CHARACTERS = 16  # that every sequence reads and continues
 
 def steps(plan: Plan) -> Iterator[Step]:
     for batch in (1, 32) if plan.quick else (1024, 1, 32, 8192):
-        yield Step(("eval", "sequences", batch), functools.partial(_measure, plan, batch))
+        yield Step(("eval", "sequences", batch), _measure, (plan, batch))
 
 
-def _measure(plan: Plan, batch: int, point: Point) -> list[Row]:
+def _measure(plan: Plan, batch: int, point: Row) -> list[Row]:
     competitors, expected = generation(plan, batch)
     if plan.quick or batch not in (1, 1024):
         competitors.pop()
     with numeric_flags():
-        return compare(
-            competitors, expected, point, plan.settings, positions=batch * CHARACTERS, baseline="windowed MLP"
-        )
+        return compare(competitors, expected, point, plan, positions=batch * CHARACTERS, baseline="windowed MLP")
 
 
 def generation(plan: Plan, batch: int) -> tuple[list[Competitor], Results]:
@@ -87,9 +85,5 @@ def _dense(model: cw.ConvWave, tokens: Tensor) -> Callable[[], Tensor]:
     return read
 
 
-STUDY = Study(
-    "sample",
-    "Generation: what does the cache save?",
-    steps,
-    (Picture("Reading letter by letter", "positions_per_second", "eval", "characters per second"),),
-)
+QUESTION = "Generation: what does the cache save?"
+PICTURES = (Picture("Reading letter by letter", "positions_per_second", "eval", "characters per second"),)

@@ -5,8 +5,8 @@ from __future__ import annotations
 import functools
 from collections.abc import Iterator
 
-from benchmarks.harness import Point, Row, compare, numeric_flags
-from benchmarks.studies import MODES, RATE, Picture, Plan, Step, Study
+from benchmarks.harness import Row, compare, numeric_flags
+from benchmarks.studies import MODES, RATE, Picture, Plan, Step
 from benchmarks.tasks import MAX_AUTOTUNE, Stack, deterministic
 
 
@@ -23,7 +23,7 @@ def steps(plan: Plan) -> Iterator[Step]:
             yield Step((f"{mode}, {precision}, {MAX_AUTOTUNE}", "channels", 128), measure)
 
 
-def _measure(plan: Plan, channels: int, precision: str, training: bool, tuned: bool, point: Point) -> list[Row]:
+def _measure(plan: Plan, channels: int, precision: str, training: bool, tuned: bool, point: Row) -> list[Row]:
     batch, length = (64, 1024) if plan.cuda else (4, 64) if plan.quick else (8, 128)
     how: str | bool = MAX_AUTOTUNE if tuned else True
     named = MAX_AUTOTUNE if tuned else "compiled"
@@ -43,18 +43,14 @@ def _measure(plan: Plan, channels: int, precision: str, training: bool, tuned: b
             competitors.append(task.matmul(f"two shifted matmuls, {named}", how))
             competitors.append(task.conv1d(f"Conv1d + BatchNorm1d + tanh, {named}", how))
         return compare(
-            competitors, task.expected(), point, plan.settings, positions=task.positions, baseline="two shifted matmuls"
+            competitors, task.expected(), point, plan, positions=task.positions, baseline="two shifted matmuls"
         )
 
 
-STUDY = Study(
-    "width",
-    "Three levels on full sequences: how do widths and precisions compare with torch.nn?",
-    steps,
-    (
-        Picture("Training, float32", "positions_per_second", "train, float32", RATE),
-        Picture("Evaluation, float32", "positions_per_second", "eval, float32", RATE),
-        Picture("Training, bfloat16", "positions_per_second", "train, bfloat16", RATE),
-        Picture("Training, float32: peak memory", "peak_bytes", "train, float32", "bytes"),
-    ),
+QUESTION = "Three levels on full sequences: how do widths and precisions compare with torch.nn?"
+PICTURES = (
+    Picture("Training, float32", "positions_per_second", "train, float32", RATE),
+    Picture("Evaluation, float32", "positions_per_second", "eval, float32", RATE),
+    Picture("Training, bfloat16", "positions_per_second", "train, bfloat16", RATE),
+    Picture("Training, float32: peak memory", "peak_bytes", "train, float32", "bytes"),
 )
