@@ -570,7 +570,7 @@ def test_bars_are_ordered_within_their_groups_and_the_least_share_one() -> None:
     here = [vars(measured(x, provider)()[0]) for x in (1, 2) for provider in "abc"]
     for row, value in zip(here, (1.0, 3.0, 2.0, 5.0, 0.0, 0.0), strict=True):
         row["median"] = value
-    bars = report._grouped(here, dict.fromkeys("abc", ""))
+    bars = report.bars_of(here)
     wanted = [("1 names", None), ("b", 3.0), ("c", 2.0), ("a", 1.0)]
     wanted += [("2 names", None), ("a", 5.0), ("the other 2, each at most", 0.0)]
     assert [bar[:2] for bar in bars] == wanted
@@ -581,7 +581,7 @@ def test_lines_need_three_points() -> None:
 
     axes = Figure().subplots()
     rows = [vars(measured(x, p)()[0]) for x, p in ((1, "two"), (2, "two"), (1, "all"), (2, "all"), (4, "all"))]
-    report._lines(axes, Picture("", "seconds", "train", ""), rows, {"two": "red", "all": "blue"})
+    report.draw_lines(axes, Picture("", "seconds", "train", ""), rows, {"two": "red", "all": "blue"})
     joined = [line.get_xdata() for line in axes.get_lines() if line.get_linestyle() == "-"]
     assert [len(x) for x in joined] == [3]
     assert {text.get_text() for text in axes.get_legend().get_texts()} == {"two", "all"}
