@@ -17,7 +17,6 @@ import argparse
 import copy
 import json
 import statistics
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -204,22 +203,24 @@ def look_ahead(model: cw.ConvWave, packed: cw.Packed, batches: tuple[int, ...] =
 FIGURES = {figure.__name__: figure for figure in (fast, evaluate, sample, record, optimizer, equality)}
 
 
-def main() -> int:
+def save(report: dict[str, Any], path: Path) -> None:
+    write_atomic(path, (json.dumps(report, indent=2) + "\n").encode())
+
+
+def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("figure", choices=[*FIGURES, "all"])
     parser.add_argument("--out", type=Path, default=RESULTS)
     args = parser.parse_args()
     words = cw.load_words()
     if not words.is_names_txt:
-        print("benchmarks.figures: needs the post's names.txt: 'convwave data fetch'", file=sys.stderr)
-        return 2
+        parser.error("needs the post's names.txt: 'convwave data fetch'")
     for name in FIGURES if args.figure == "all" else [args.figure]:
         stderr().print(name)
         report = {"provenance": provenance(f"python -m benchmarks.figures {name}"), **FIGURES[name](words)}
-        write_atomic(args.out / f"{name}.json", (json.dumps(report, indent=2) + "\n").encode())
+        save(report, args.out / f"{name}.json")
         print(json.dumps({name: report}))
-    return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()
