@@ -71,7 +71,7 @@ def recording(target: str) -> Iterator[list[Recorded]]:
         options = {name: value for name, value in given.items() if name in ("num_warps", "num_stages")}
         launches.append(Recorded(self, arguments, options))
 
-    is_sm_90 = mock.patch.object(configs, "has_wgmma", lambda device: target == "sm_90")
+    is_sm_90 = mock.patch.object(configs, "has_wgmma", return_value=target == "sm_90")
     with mock.patch.object(JITFunction, "run", run), is_sm_90:
         yield launches
 

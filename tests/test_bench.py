@@ -329,11 +329,13 @@ def test_breakeven_counts_rows_as_the_graphs_do() -> None:
     distinct = breakeven.rows_of("distinct", 3, packed)
     assert distinct == sorted(distinct)
     assert distinct[-1] <= len(packed)
-    demands = [breakeven.Demand(4, 1e6 * i, 1e9 * i**2) for i in range(1, 7)]
-    true = breakeven.Constants(2e-4, 3e-9, 4e-11)
-    assert breakeven.fit(demands, [true.seconds(d) for d in demands]) == pytest.approx(true)
-    with pytest.raises(ValueError, match="strategy: expected one of"):
-        breakeven.rows_of("sparse", 3, packed)
+    demands = [(4.0, 1e6 * i, 1e9 * i**2) for i in range(1, 7)]
+    for true in ((2e-4, 3e-9, 4e-11), (0.0, 3e-9, 0.0)):
+        assert breakeven.fit(demands, [breakeven.predicted(true, d) for d in demands]) == pytest.approx(
+            true, rel=1e-9, abs=1e-16
+        )
+    least = breakeven.fit(demands, [max(2e-3 * i - 1e-3, 1e-4) for i in range(1, 7)])  # the free fit has one below 0
+    assert min(least) >= 0 < max(least)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
