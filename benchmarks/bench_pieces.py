@@ -11,17 +11,8 @@ import pytest
 import torch
 
 import convwave as cw
-from benchmarks.harness import (
-    Competitor,
-    Results,
-    Unavailable,
-    baseline_bound,
-    kernel_seconds,
-    numeric_flags,
-    quantiles,
-    relative_error,
-    synchronize,
-)
+from benchmarks import harness
+from benchmarks.harness import Competitor, Results, Unavailable, numeric_flags
 from benchmarks.studies import MODES, Plan
 from benchmarks.studies.ladder import RUNGS
 from benchmarks.studies.sample import generation
@@ -77,12 +68,12 @@ def bench_piece(group: str, i: int, benchmark: Any) -> None:
             pytest.skip(str(reason))
         benchmark.name = f"{group}, {competitors[i].provider}"
         truth = competitors[i].expected or expected
-        assert relative_error(work.result(), truth) <= baseline_bound(competitors[i], truth)
+        assert harness.relative_error(work.result(), truth) <= harness.baseline_bound(competitors[i], truth)
 
         def run() -> None:
             work.run()
-            synchronize(DEVICE)
+            harness.synchronize(DEVICE)
 
         benchmark(run)
         if PLAN.cuda:
-            benchmark.extra_info["kernel_seconds"] = quantiles(kernel_seconds(work.run))["median"]
+            benchmark.extra_info["kernel_seconds"] = harness.quantiles(harness.kernel_seconds(work.run))["median"]

@@ -24,12 +24,10 @@ def _measure(plan: Plan, training: bool, point: Row) -> list[Row]:
     for competitor in competitors:
         try:
             run = competitor.make().run
+            count, unit = (len(kernel_launches(run, 1)), "kernels") if plan.cuda else (operators(run), "operators")
+            rows.append(point.row(competitor.provider, "launches", unit, median=float(count)))
         except Unavailable as reason:
             rows.append(point.absent(competitor.provider, reason, "launches"))
-            continue
-        count = len(kernel_launches(run, 1)) if plan.cuda else operators(run)
-        unit = "kernels" if plan.cuda else "operators"
-        rows.append(point.row(competitor.provider, "launches", unit, median=float(count)))
     return rows
 
 

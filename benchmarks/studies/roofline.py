@@ -8,23 +8,15 @@ stayed in a cache, whose bandwidth is not the ceiling that was measured.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 from typing import NamedTuple
 
 import torch
 
-from benchmarks.harness import (
-    Competitor,
-    Row,
-    Unavailable,
-    Work,
-    compare,
-    kernel_launches,
-    numeric_flags,
-    statistics,
-)
+from benchmarks import harness
+from benchmarks.harness import Competitor, Row, Unavailable, Work, compare, numeric_flags
 from benchmarks.studies import Picture, Plan, Step
 from benchmarks.tasks import Stack
 
@@ -100,25 +92,19 @@ def _measure(plan: Plan, channels: int, precision: str, point: Row) -> list[Row]
             items.append((train.convwave(f"level, train, {backend}", backend), level_train(*shape), train))
             items.append((evaluate.convwave(f"level, eval, {backend}", backend), level_eval(*shape), evaluate))
         items.append((evaluate.matmul("level, eval, two shifted matmuls"), level_eval(*shape), evaluate))
-        ceilings = [
-            _ceiling("copy", lambda: target.copy_(source)),
-            _ceiling("product", lambda: torch.mm(left, right, out=out)),
-        ]
+        work = {"copy": lambda: target.copy_(source), "product": lambda: torch.mm(left, right, out=out)}
+        ceilings = [Competitor(name, partial(Work, run, dict), expected={}, group=name) for name, run in work.items()]
         competitors = [replace(c, expected=task.expected(), group=c.provider) for c, _, task in items]
         rows = compare([*ceilings, *competitors], {}, point, plan, memory=False)
         seconds = {row.provider: row.median for row in rows if row.metric == "seconds" and row.median}
         bandwidth, rate = 8.0 * source.numel() / seconds["copy"], 2.0 * size**3 / seconds["product"]
         rows.append(point.row("copy", "bandwidth", "B/s", median=bandwidth, note=f"{megabytes} MiB"))
         rows.append(point.row("product", "rate", "FLOP/s", median=rate, note=f"{size} x {size} x {size}"))
-        limits = functools.partial(_limits, point, bandwidth, rate)
+        limits = partial(_limits, point, bandwidth, rate)
         for competitor, cost, _ in items:
             if competitor.provider in seconds:
                 rows += limits(competitor.provider, seconds[competitor.provider], cost)
         return rows + (_kernel_limits(point, train, limits, shape) if plan.cuda else [])
-
-
-def _ceiling(name: str, run: Callable[[], object]) -> Competitor:
-    return Competitor(name, lambda: Work(run, dict), expected={}, group=name)
 
 
 def _limits(
@@ -139,7 +125,7 @@ def _kernel_limits(
 ) -> list[Row]:
     """The library's kernels one by one, as the profiler times them within a training step."""
     try:
-        launched = kernel_launches(task.convwave("triton", "triton").make().run, 20)
+        launched = harness.kernel_launches(task.convwave("triton", "triton").make().run, 20)
     except Unavailable as reason:
         return [point.absent("kernels", reason)]
     rows = []
@@ -149,7 +135,7 @@ def _kernel_limits(
         if not launches:
             rows.append(point.absent(name, "no kernel of this name ran"))
             continue
-        row = point.row(name, "kernel_seconds", "s", **statistics(launches))
+        row = point.row(name, "kernel_seconds", "s", **harness.statistics(launches))
         rows += [row, *limits(name, float(row.median or 0), cost, "one launch")]
     return rows
 

@@ -34,10 +34,10 @@ def _measure(plan: Plan, channels: int, precision: str, training: bool, tuned: b
             competitors += [task.conv1d(), task.convwave("convwave, eager"), task.pytorch_tcn()]
         if plan.cuda:
             competitors.append(task.convwave("convwave, triton", "triton"))
-            if precision == "float32" and not tuned:
+        if plan.cuda and not tuned:
+            competitors.append(deterministic(task.conv1d("Conv1d + BatchNorm1d + tanh, deterministic")))
+            if precision == "float32":
                 competitors.append(task.convwave("convwave, triton, ieee", "triton", "ieee"))
-            if not tuned:
-                competitors.append(deterministic(task.conv1d("Conv1d + BatchNorm1d + tanh, deterministic")))
         worth_compiling = ("float32", "bfloat16") if plan.cuda else ("float32",)
         if not plan.quick and channels == 128 and precision in worth_compiling:
             competitors.append(task.matmul(f"two shifted matmuls, {named}", how))
