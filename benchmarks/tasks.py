@@ -15,7 +15,6 @@ from __future__ import annotations
 import functools
 import importlib
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -92,17 +91,6 @@ def grad(parameter: Tensor) -> Tensor:
 
 def by_level(gradients: Iterable[Tensor]) -> Results:
     return {f"level {i}": gradient for i, gradient in enumerate(gradients)}
-
-
-def deterministic(competitor: Competitor) -> Competitor:
-    """The same with cudnn's deterministic algorithms."""
-
-    def make() -> Work:
-        work, tf32 = competitor.make(), torch.backends.cudnn.allow_tf32
-        flags = torch.backends.cudnn.flags(enabled=True, deterministic=True, allow_tf32=tf32)
-        return work._replace(run=flags(work.run))
-
-    return replace(competitor, make=make)
 
 
 class Network:
@@ -368,9 +356,15 @@ class Stack:
         exact = lambda: make(torch.float64, False).result()  # noqa: E731
         return Competitor(name, make, self.dtype, exact=exact, no_capture=REPLAYS.get(str(compile), ""))
 
-    def conv1d(self, name: str = "Conv1d + BatchNorm1d + tanh", compile: Compile = False) -> Competitor:
+    def conv1d(
+        self, name: str = "Conv1d + BatchNorm1d + tanh", compile: Compile = False, deterministic: bool = False
+    ) -> Competitor:
+        """torch.nn's, with cudnn's deterministic algorithms if wanted."""
+
         def make() -> Work:
-            return self._conv1d(Conv1dStack(self.model(self.dtype)), compile)
+            work, cudnn = self._conv1d(Conv1dStack(self.model(self.dtype)), compile), torch.backends.cudnn
+            fixed = cudnn.flags(enabled=True, deterministic=True, allow_tf32=cudnn.allow_tf32)
+            return work._replace(run=fixed(work.run)) if deterministic else work
 
         return Competitor(name, make, self.dtype, no_capture=REPLAYS.get(str(compile), ""))
 

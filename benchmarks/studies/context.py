@@ -13,8 +13,8 @@ from benchmarks.tasks import Network
 
 def steps(plan: Plan) -> Iterator[Step]:
     for levels in (3, 5, 7) if plan.quick else (10, 3, 6, 8, 4, 5, 7, 9, 11, 12):
-        for mode in MODES:
-            yield Step((mode, "context", 2**levels), _measure, (plan, levels, MODES[mode]))
+        for mode, training in MODES.items():
+            yield Step((mode, "context", 2**levels), _measure, (plan, levels, training))
 
 
 def _measure(plan: Plan, levels: int, training: bool, point: Row) -> list[Row]:
@@ -24,7 +24,7 @@ def _measure(plan: Plan, levels: int, training: bool, point: Row) -> list[Row]:
     task = Network(plan.document(positions), plan.network(width, width, levels), training, plan.device, windows)
     found = rows(task, [task.windowed(), task.convolution("dense"), *triton(plan, task, ("dense",))], point, plan)
     note = f"{positions} positions, {windows} windows, width {width}"
-    ratio = {"median": (2**levels - 1) / levels, "n": 1, "note": f"(2^{levels} - 1) / {levels}"}
+    ratio = {"median": (2**levels - 1) / levels, "note": f"(2^{levels} - 1) / {levels}"}
     return [*(replace(row, note=row.note or note) for row in found), point.row("FLOP ratio", "speedup", "x", **ratio)]
 
 

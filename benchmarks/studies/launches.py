@@ -11,8 +11,8 @@ from benchmarks.tasks import Network
 
 
 def steps(plan: Plan) -> Iterator[Step]:
-    for mode in MODES:
-        yield Step((mode, None, None), _measure, (plan, MODES[mode]))
+    for mode, training in MODES.items():
+        yield Step((mode, None, None), _measure, (plan, training))
 
 
 def _measure(plan: Plan, training: bool, point: Row) -> list[Row]:

@@ -11,8 +11,8 @@ from benchmarks.tasks import MAX_AUTOTUNE, Network
 
 def steps(plan: Plan) -> Iterator[Step]:
     for count in (128,) if plan.quick else (512, 4096):
-        for mode in MODES:
-            yield Step((mode, "names", count), _measure, (plan, count, MODES[mode]))
+        for mode, training in MODES.items():
+            yield Step((mode, "names", count), _measure, (plan, count, training))
 
 
 def _measure(plan: Plan, count: int, training: bool, point: Row) -> list[Row]:

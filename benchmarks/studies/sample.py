@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import copy
-import functools
 from collections.abc import Callable, Iterator
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -14,6 +13,7 @@ from benchmarks.harness import Competitor, Results, Row, Work, compare, numeric_
 from benchmarks.studies import Picture, Plan, Step
 from benchmarks.tasks import Network, compiled
 
+Reader = Callable[[cw.ConvWave, Tensor], Callable[[], Tensor]]
 CHARACTERS = 16  # that every sequence reads and continues
 
 
@@ -37,19 +37,19 @@ def generation(plan: Plan, batch: int) -> tuple[list[Competitor], Results]:
     letters = torch.randint(1, len(plan.vocabulary), (batch, CHARACTERS), generator=generator)
     letters[:, 0] = 0
     exact = Network(cw.pack_ids(letters[:, 1:].tolist()), model, False, plan.device).expected()["logits"]
-    tokens = letters.to(plan.device)
-    readers: dict[str, Callable[[], Callable[[], Tensor]]] = {
-        "windowed MLP": lambda: _windowed(model, tokens, False),
-        "dense, no cache": lambda: _dense(model, tokens),
-        "cached": lambda: _cached(model, tokens),
-        "windowed MLP, compiled": lambda: _windowed(model, tokens, True),
+    tokens, model = letters.to(plan.device), model.to(plan.device)
+    readers: dict[str, Reader] = {
+        "windowed MLP": partial(_windowed, compile=False),
+        "dense, no cache": _dense,
+        "cached": _cached,
+        "windowed MLP, compiled": partial(_windowed, compile=True),
     }
 
-    def make(reader: Callable[[], Callable[[], Tensor]]) -> Work:
-        read = torch.no_grad()(reader())
+    def make(reader: Reader) -> Work:
+        read = torch.no_grad()(reader(model, tokens))
         return Work(read, lambda: {"logits": read()})
 
-    competitors = [Competitor(name, functools.partial(make, reader)) for name, reader in readers.items()]
+    competitors = [Competitor(name, partial(make, reader)) for name, reader in readers.items()]
     return competitors, {"logits": exact.view(batch, CHARACTERS, -1)[:, -1]}
 
 
@@ -61,7 +61,6 @@ def _windowed(model: cw.ConvWave, tokens: Tensor, compile: bool) -> Callable[[],
 
 
 def _cached(model: cw.ConvWave, tokens: Tensor) -> Callable[[], Tensor]:
-    model = copy.deepcopy(model).to(tokens.device)
     columns = list(tokens.T)
 
     def read() -> Tensor:
@@ -73,7 +72,6 @@ def _cached(model: cw.ConvWave, tokens: Tensor) -> Callable[[], Tensor]:
 
 def _dense(model: cw.ConvWave, tokens: Tensor) -> Callable[[], Tensor]:
     """All that was read up to then, again for every letter."""
-    model = copy.deepcopy(model).to(tokens.device)
     texts = [cw.pack_ids(tokens[:, 1 : t + 1].tolist()) for t in range(tokens.shape[1])]
     graphs = [cw.dense_graph(packed, factors=model.factors).to(tokens.device) for packed in texts]
 

@@ -2,25 +2,24 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Iterator
 
 from benchmarks.harness import Row, compare, numeric_flags
 from benchmarks.studies import MODES, RATE, Picture, Plan, Step
-from benchmarks.tasks import MAX_AUTOTUNE, Stack, deterministic
+from benchmarks.tasks import MAX_AUTOTUNE, Stack
 
 
 def steps(plan: Plan) -> Iterator[Step]:
     precisions = ("float32", "tf32", "bfloat16", "float16") if plan.cuda else ("float32", "bfloat16", "float64")
     for channels in (16, 32) if plan.quick else (128, 64, 256, 512, 1024):
         for precision in precisions[:1] if plan.quick else precisions:
-            for mode in MODES:
-                measure = functools.partial(_measure, plan, channels, precision, MODES[mode], False)
-                yield Step((f"{mode}, {precision}", "channels", channels), measure)
+            for mode, training in MODES.items():
+                arguments = (plan, channels, precision, training, False)
+                yield Step((f"{mode}, {precision}", "channels", channels), _measure, arguments)
     for precision in ("float32", "bfloat16") if plan.cuda and not plan.quick else ():  # takes a minute to compile
-        for mode in MODES:
-            measure = functools.partial(_measure, plan, 128, precision, MODES[mode], True)
-            yield Step((f"{mode}, {precision}, {MAX_AUTOTUNE}", "channels", 128), measure)
+        for mode, training in MODES.items():
+            arguments = (plan, 128, precision, training, True)
+            yield Step((f"{mode}, {precision}, {MAX_AUTOTUNE}", "channels", 128), _measure, arguments)
 
 
 def _measure(plan: Plan, channels: int, precision: str, training: bool, tuned: bool, point: Row) -> list[Row]:
@@ -35,7 +34,7 @@ def _measure(plan: Plan, channels: int, precision: str, training: bool, tuned: b
         if plan.cuda:
             competitors.append(task.convwave("convwave, triton", "triton"))
         if plan.cuda and not tuned:
-            competitors.append(deterministic(task.conv1d("Conv1d + BatchNorm1d + tanh, deterministic")))
+            competitors.append(task.conv1d("Conv1d + BatchNorm1d + tanh, deterministic", deterministic=True))
             if precision == "float32":
                 competitors.append(task.convwave("convwave, triton, ieee", "triton", "ieee"))
         worth_compiling = ("float32", "bfloat16") if plan.cuda else ("float32",)
