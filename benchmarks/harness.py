@@ -435,14 +435,15 @@ PRECISIONS = {
 @contextmanager
 def numeric_flags(precision: str = "float32") -> Iterator[torch.dtype]:
     """Set the precision of everything that runs inside; yields the dtype."""
-    dtype, matmul = PRECISIONS[precision]
-    before = torch.get_float32_matmul_precision()
+    (dtype, matmul), cudnn = PRECISIONS[precision], torch.backends.cudnn
+    before = torch.get_float32_matmul_precision(), cudnn.allow_tf32
     torch.set_float32_matmul_precision(matmul)
+    cudnn.allow_tf32 = matmul == "high"
     try:
-        with torch.backends.cudnn.flags(enabled=True, allow_tf32=matmul == "high"):
-            yield dtype
+        yield dtype
     finally:
-        torch.set_float32_matmul_precision(before)
+        torch.set_float32_matmul_precision(before[0])
+        cudnn.allow_tf32 = before[1]
 
 
 def flags() -> dict[str, Any]:

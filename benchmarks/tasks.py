@@ -363,8 +363,15 @@ class Stack:
 
         def make() -> Work:
             work, cudnn = self._conv1d(Conv1dStack(self.model(self.dtype)), compile), torch.backends.cudnn
-            fixed = cudnn.flags(enabled=True, deterministic=True, allow_tf32=cudnn.allow_tf32)
-            return work._replace(run=fixed(work.run)) if deterministic else work
+
+            def run() -> None:
+                before, cudnn.deterministic = cudnn.deterministic, True
+                try:
+                    work.run()
+                finally:
+                    cudnn.deterministic = before
+
+            return work._replace(run=run) if deterministic else work
 
         return Competitor(name, make, self.dtype, no_capture=REPLAYS.get(str(compile), ""))
 
