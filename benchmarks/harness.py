@@ -148,8 +148,9 @@ def noise(samples: Sequence[float]) -> float:
     if half < 2:
         return 0.0
     low, high = sorted(quantiles(part)["median"] for part in (samples[:half], samples[-half:]))
-    whole = quantiles(samples)
-    return max(high / low - 1, 1.57 * (whole["p75"] - whole["p25"]) / len(samples) ** 0.5 / whole["median"])
+    whole, least = quantiles(samples), 1e-300  # where a profiler saw no kernels, all are 0
+    spread = 1.57 * (whole["p75"] - whole["p25"]) / len(samples) ** 0.5
+    return max(max(high, least) / max(low, least) - 1, spread / max(whole["median"], least))
 
 
 def statistics(samples: Sequence[float]) -> dict[str, Any]:

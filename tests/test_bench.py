@@ -79,6 +79,7 @@ def test_quantiles_and_noise() -> None:
     assert quantiles([3.0]) == dict.fromkeys(harness.QUANTILES, 3.0)
     assert quantiles([1.0, 2.0])["median"] == 1.5
     assert noise([1.0] * 6) == 0
+    assert noise([0.0] * 6) == 0
     assert noise([1.0] * 50 + [1.2] * 50) == pytest.approx(0.2)
     assert noise([1.2] * 50 + [1.0] * 50) == pytest.approx(0.2)  # faster is as bad as slower
     assert noise([1.0, 50.0, 1.0, 1.0, 1.0, 1.0]) == 0  # medians bear an outlier
