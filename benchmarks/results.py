@@ -14,6 +14,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -93,7 +94,9 @@ def read_documents(folder: Path) -> Documents:
     """The studies in a folder by name, each with the file that holds it; other files are passed over."""
     found: dict[str, tuple[Path, Document]] = {}
     for path in sorted(folder.glob("*.json")):
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = None
+        with suppress(ValueError):
+            content = json.loads(path.read_text(encoding="utf-8"))
         if isinstance(content, dict) and content.get("format") == FORMAT:
             found |= {d["study"]: (path, d) for d in content.get("studies", {"": content}).values()}
     return {name: found[name] for name in STUDIES if name in found}
