@@ -4,19 +4,19 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import torch
 from rich.console import Console
 
 import convwave as cw
 from benchmarks import report
-from benchmarks.harness import TIME_UP, Point, Row, Settings, Unavailable, first_line
+from benchmarks.harness import TIME_UP, Row, why
 from benchmarks.results import BUNDLE, RESULTS, Document, new_document, noisy_rows, read_documents, write_document
 from benchmarks.studies import STUDIES, Plan, Step
 from convwave.cli.console import stderr
@@ -24,8 +24,6 @@ from convwave.data import DataError
 from convwave.files import write_atomic
 from convwave.runs.registry import device_name
 from convwave.train import UsageError, threads
-
-QUICK = Settings(rounds=8, seconds=1.0, sample_seconds=0.001)
 
 
 def run_studies(
@@ -36,7 +34,7 @@ def run_studies(
     *,
     device: str = "cpu",
     quick: bool = False,
-    budget: float | None = None,
+    budget: float = math.inf,
     bundle: bool = False,
     resume: bool = False,
 ) -> list[Document]:
@@ -59,25 +57,24 @@ def run_studies(
     """
     names = [name for name in names if not (resume and _is_done(out, name, device, quick, console))]
     options = f"--device {device} --threads {torch.get_num_threads()}" + " --quick" * quick
-    options += "" if budget is None else f" --budget {budget:g}"
-    ends = None if budget is None else time.monotonic() + budget
+    options += "" if budget == math.inf else f" --budget {budget:g}"
+    ends = time.monotonic() + budget
+    short: dict[str, Any] = {"rounds": 8, "seconds": 1.0, "sample_seconds": 0.001} if quick else {}
     documents = []
     for i, name in enumerate(names):
         now = time.monotonic()
-        deadline = None if ends is None else now + (ends - now) / (len(names) - i)
-        plan = Plan(
-            words.words, device, quick, replace(QUICK if quick else Settings(), device=device, deadline=deadline)
-        )
+        deadline = now + (ends - now) / (len(names) - i)
+        plan = Plan(device, deadline=deadline, words=words.words, quick=quick, **short)
         document = new_document(name, plan, f"convwave bench {name} {options}", words)
         documents.append(document)
         console.print(f"{name}: {STUDIES[name].question}")
         write_document(document, out, bundle)
         steps = list(STUDIES[name].steps(plan))
         for number, step in enumerate(steps, 1):
-            point = Point(name, *step.point, device)
-            if deadline is None or time.monotonic() <= deadline:
+            point = Row(name, *step.point, device)
+            if time.monotonic() <= deadline:
                 console.print(f"  {number} of {len(steps)}: {report.place(point.mode, point.x_name, point.x)}")
-            document["rows"] += [row.to_json() for row in _measure(step, point, deadline)]
+            document["rows"] += [vars(row) for row in _measure(step, point, deadline)]
             document["noisy"] = noisy_rows(document["rows"])
             document["complete"] = number == len(steps) and not any(r["note"] == TIME_UP for r in document["rows"])
             path = write_document(document, out, bundle)
@@ -89,15 +86,15 @@ def run_studies(
     return documents
 
 
-def _measure(step: Step, point: Point, deadline: float | None) -> list[Row]:
+def _measure(step: Step, point: Row, deadline: float) -> list[Row]:
     """The rows of a step; one that fails as a whole must not take the others with it."""
-    if deadline is not None and time.monotonic() > deadline:
+    if time.monotonic() > deadline:
         return [point.absent("all", TIME_UP)]
     torch.compiler.reset()  # a function compiled too often silently runs uncompiled
     try:
-        return step.measure(point)
-    except (RuntimeError, ValueError, Unavailable) as error:
-        return [point.absent("all", f"{type(error).__name__}: {first_line(error)}")]
+        return step.measure(*step.arguments, point)
+    except Exception as error:
+        return [point.absent("all", error)]
 
 
 def _is_done(out: Path, name: str, device: str, quick: bool, console: Console) -> bool:
@@ -125,7 +122,9 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--resume", action="store_true", help="pass over studies that --out holds complete")
     p.add_argument("--quick", action="store_true", help="small sizes, few samples, nothing compiled")
     p.add_argument("--threads", type=int, default=1, help="CPU threads (default: 1, the steadiest)")
-    p.add_argument("--budget", type=float, metavar="S", help="seconds for all studies; the rest is not measured")
+    p.add_argument(
+        "--budget", type=float, default=math.inf, metavar="S", help="seconds for all studies; the rest is not measured"
+    )
     p.add_argument("--bundle", action="store_true", help=f"all studies in one {BUNDLE} and one PNG")
     p.add_argument("--report", action="store_true", help="measure nothing: make the page and the README's tables")
     p.add_argument("--data", type=Path, metavar="FILE", help="one word a line (default: names.txt or the bundled list)")
@@ -150,12 +149,12 @@ def run(args: argparse.Namespace, console: Console) -> tuple[int, dict[str, obje
     names = list(STUDIES) if "all" in args.studies or not args.studies else list(dict.fromkeys(args.studies))
     if args.threads < 1:
         raise UsageError(f"--threads: expected at least 1, got {args.threads}")
-    if args.budget is not None and not args.budget > 0:
+    if not args.budget > 0:
         raise UsageError(f"--budget: expected more than 0 seconds, got {args.budget:g}")
     try:
         torch.empty(0, device=args.device)
     except (RuntimeError, AssertionError) as error:
-        raise UsageError(f"--device: {args.device!r} is not available: {first_line(error)}") from None
+        raise UsageError(f"--device: {args.device!r} is not available: {why(str(error))}") from None
     words = cw.load_words(args.data)
     console.print(f"data: {words.source}, {len(words.words):,} words")
     kept = {name: getattr(args, name) for name in ("device", "quick", "budget", "bundle", "resume")}
@@ -171,7 +170,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         args = parser().parse_args(arguments)
         status, found = run(args, stderr())
     except (UsageError, DataError, OSError) as error:
-        stderr().print(f"convwave bench: {first_line(error)}")
+        stderr().print(f"convwave bench: {why(str(error))}")
         return 2
     except KeyboardInterrupt:
         stderr().print("interrupted")

@@ -5,97 +5,75 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from functools import partial
-from operator import methodcaller
 from typing import Any
 
 import pytest
 import torch
 
 import convwave as cw
-from benchmarks.harness import (
-    Competitor,
-    Results,
-    Unavailable,
-    baseline_bound,
-    kernel_seconds,
-    numeric_flags,
-    quantiles,
-    relative_error,
-    synchronize,
-)
+from benchmarks import harness
+from benchmarks.harness import Competitor, Results, Unavailable, numeric_flags
 from benchmarks.studies import MODES, Plan
 from benchmarks.studies.ladder import RUNGS
 from benchmarks.studies.sample import generation
 from benchmarks.tasks import Network, Stack
 
 DEVICE = os.environ.get("CONVWAVE_DEVICE", "cuda" if torch.cuda.is_available() else "cpu")
-PLAN = Plan(cw.load_words().words, DEVICE)
-Pick = Callable[[Any], Competitor]
+PLAN = Plan(DEVICE, words=cw.load_words().words)
+Pieces = tuple[list[Competitor], Results]
 
 
-def stack(training: bool) -> Stack:
+def network(training: bool) -> Pieces:
+    """The network on 512 names."""
+    task = Network(PLAN.names(512), PLAN.network(), training, DEVICE)
+    found = [task.reference(), task.convolution("windowed", "windowed graph")]
+    for compile, end in ((False, ""), (True, ", compiled")):
+        found.append(task.windowed(f"windowed MLP{end}", compile))
+        found += [task.convolution(kind, kind + end, compile=compile) for kind in ("dense", "distinct")]
+    found += [task.convolution(kind, f"{kind}, triton", backend="triton") for kind in ("dense", "distinct")]
+    return found, task.expected()
+
+
+def stack_task(training: bool) -> Stack:
     batch, length = (64, 1024) if PLAN.cuda else (16, 128)
     return Stack(batch, length, 128, 3, torch.float32, training, DEVICE)
 
 
-def of_task(make: Callable[[bool], Any], pick: Pick, training: bool) -> tuple[Competitor, Results]:
-    task = make(training)
-    return pick(task), task.expected()
-
-
-def of_several(make: Callable[[], tuple[list[Competitor], Results]], i: int) -> tuple[Competitor, Results]:
-    competitors, expected = make()
-    return competitors[i], expected
-
-
-def pieces() -> dict[str, Callable[[], tuple[Competitor, Results]]]:
-    """The network on 512 names, three levels of width 128, the kernels' rungs, reading 1,024 sequences."""
-    networks: dict[str, Pick] = {
-        "the post's classes": Network.reference,
-        "windowed graph": methodcaller("convolution", "windowed"),
-    }
-    stacks: dict[str, Pick] = {name: methodcaller("convwave", name, name) for name in ("eager", "triton")}
+def stack(training: bool) -> Pieces:
+    """Three levels of width 128."""
+    task = stack_task(training)
+    found = [task.convwave(backend, backend) for backend in ("eager", "triton")]
     for compile, end in ((False, ""), (True, ", compiled")):
-        networks[f"windowed MLP{end}"] = methodcaller("windowed", compile=compile)
-        stacks |= {f"{name}{end}": methodcaller(name, compile=compile) for name in ("matmul", "conv1d")}
-        networks |= {f"{k}{end}": methodcaller("convolution", k, compile=compile) for k in ("dense", "distinct")}
-    networks |= {f"{k}, triton": methodcaller("convolution", k, backend="triton") for k in ("dense", "distinct")}
-
-    def network(training: bool) -> Network:
-        return Network(PLAN.names(512), PLAN.network(), training, DEVICE)
-
-    found: dict[str, Callable[[], tuple[Competitor, Results]]] = {
-        f"{mode}, {name}": partial(of_task, make, pick, training)
-        for make, picks in ((network, networks), (stack, stacks))
-        for mode, training in MODES.items()
-        for name, pick in picks.items()
-    }
-    for name, count in {"forward": 4, "eval": 3, "backward": 3}.items():
-        rungs = partial(lambda name: RUNGS[name](stack(True)), name)
-        found |= {f"kernels, {name}, {i}": partial(of_several, rungs, i) for i in range(count)}
-    readers = partial(generation, PLAN, 1024)
-    names = ("windowed MLP", "no cache", "cached")
-    return found | {f"reading, {name}": partial(of_several, readers, i) for i, name in enumerate(names)}
+        found += [task.matmul(f"matmul{end}", compile), task.conv1d(f"conv1d{end}", compile)]
+    return found, task.expected()
 
 
-PIECES = pieces()
+GROUPS: dict[str, tuple[Callable[[], Pieces], int]] = {  # with the number of pieces of each
+    **{f"{mode}, network": (partial(network, training), 10) for mode, training in MODES.items()},
+    **{f"{mode}, stack": (partial(stack, training), 6) for mode, training in MODES.items()},
+    "kernels, forward": (lambda: RUNGS["forward"](stack_task(True)), 4),
+    "kernels, eval": (lambda: RUNGS["eval"](stack_task(True)), 3),
+    "kernels, backward": (lambda: RUNGS["backward"](stack_task(True)), 3),
+    "reading": (lambda: generation(PLAN, 1024), 3),
+}
 
 
-@pytest.mark.parametrize("name", PIECES)
-def bench_piece(name: str, benchmark: Any) -> None:
-    competitor, expected = PIECES[name]()
+@pytest.mark.parametrize(("group", "i"), [(group, i) for group, (_, count) in GROUPS.items() for i in range(count)])
+def bench_piece(group: str, i: int, benchmark: Any) -> None:
+    competitors, expected = GROUPS[group][0]()
     with numeric_flags():
         try:
-            work = competitor.make()
+            work = competitors[i].make()
         except Unavailable as reason:
             pytest.skip(str(reason))
-        truth = expected if competitor.expected is None else competitor.expected
-        assert relative_error(work.result(), truth) <= baseline_bound(competitor, truth)
+        benchmark.name = f"{group}, {competitors[i].provider}"
+        truth = competitors[i].expected or expected
+        assert harness.relative_error(work.result(), truth) <= harness.baseline_bound(competitors[i], truth)
 
         def run() -> None:
             work.run()
-            synchronize(DEVICE)
+            harness.synchronize(DEVICE)
 
         benchmark(run)
         if PLAN.cuda:
-            benchmark.extra_info["kernel_seconds"] = quantiles(kernel_seconds(work.run))["median"]
+            benchmark.extra_info["kernel_seconds"] = harness.quantiles(harness.kernel_seconds(work.run))["median"]

@@ -17,7 +17,6 @@ import argparse
 import copy
 import json
 import statistics
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -29,7 +28,7 @@ from torch.nn import functional as F
 
 import convwave as cw
 from benchmarks.results import RESULTS
-from benchmarks.tasks import conv1d_stack, rectangle
+from benchmarks.tasks import Conv1dStack, rectangle
 from convwave.cli.console import stderr
 from convwave.files import write_atomic
 from convwave.runs.registry import provenance
@@ -162,7 +161,7 @@ def zero_padding(model: cw.ConvWave, packed: cw.Packed) -> dict[str, Any]:
     """nn.Conv1d with zeros on the left, as a user of temporal convolutions would write it, with the same weights."""
     exact = model.eval()(cw.dense_graph(packed))
     tokens, inside = rectangle(packed)
-    stack = conv1d_stack(model, pad=lambda h, dilation: F.pad(h, (dilation, 0)))
+    stack = Conv1dStack(model, pad=lambda h, dilation: F.pad(h, (dilation, 0)))
     padded = model.head(stack(model.embedding(tokens).transpose(1, 2)).transpose(1, 2))[inside]
     early = torch.arange(inside.shape[1]).expand(inside.shape)[inside] < model.context - 1
     difference = (padded - exact).abs().amax(1)
@@ -204,22 +203,24 @@ def look_ahead(model: cw.ConvWave, packed: cw.Packed, batches: tuple[int, ...] =
 FIGURES = {figure.__name__: figure for figure in (fast, evaluate, sample, record, optimizer, equality)}
 
 
-def main() -> int:
+def save(report: dict[str, Any], path: Path) -> None:
+    write_atomic(path, (json.dumps(report, indent=2) + "\n").encode())
+
+
+def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("figure", choices=[*FIGURES, "all"])
     parser.add_argument("--out", type=Path, default=RESULTS)
     args = parser.parse_args()
     words = cw.load_words()
     if not words.is_names_txt:
-        print("benchmarks.figures: needs the post's names.txt: 'convwave data fetch'", file=sys.stderr)
-        return 2
+        parser.error("needs the post's names.txt: 'convwave data fetch'")
     for name in FIGURES if args.figure == "all" else [args.figure]:
         stderr().print(name)
         report = {"provenance": provenance(f"python -m benchmarks.figures {name}"), **FIGURES[name](words)}
-        write_atomic(args.out / f"{name}.json", (json.dumps(report, indent=2) + "\n").encode())
+        save(report, args.out / f"{name}.json")
         print(json.dumps({name: report}))
-    return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

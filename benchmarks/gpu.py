@@ -17,6 +17,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -89,16 +90,7 @@ def main() -> int:
 
 
 def importable(environment: dict[str, str]) -> dict[str, str]:
-    """An environment in which this checkout is the `convwave` that Python imports.
-
-    An editable installation without dependencies; where pip or setuptools cannot do it, a package of links.
-    """
-    if imports(environment):
-        return environment
-    install = ["pip", "install", "--quiet", "--no-deps", "--no-build-isolation", "--no-index", "-e", str(ROOT)]
-    subprocess.run([sys.executable, "-m", *install], env=environment, capture_output=True, timeout=120, check=False)
-    if imports(environment):
-        return environment
+    """An environment in which this checkout is the `convwave` that Python imports, if need be as a package of links."""
     site = Path(tempfile.mkdtemp(prefix="convwave-"))
     (site / "convwave").mkdir()
     sources = [path for path in (ROOT / "convwave").iterdir() if path.name != "__pycache__"]
@@ -106,15 +98,11 @@ def importable(environment: dict[str, str]) -> dict[str, str]:
         (site / "convwave" / path.name).symlink_to(path)
     paths = [str(site), str(ROOT), environment.get("PYTHONPATH", "")]
     linked = {**environment, "PYTHONPATH": os.pathsep.join(filter(None, paths))}
-    if not imports(linked):
-        sys.exit("gpu: convwave cannot be imported; it needs torch, numpy and safetensors")
-    return linked
-
-
-def imports(environment: dict[str, str]) -> bool:
-    """Whether `convwave` and its kernels come from this checkout."""
-    done = python("import convwave.kernels; print(convwave.__file__)", environment)
-    return done.returncode == 0 and Path(done.stdout.strip()).resolve().parent == ROOT / "convwave"
+    for tried in (environment, linked):
+        done = python("import convwave.kernels; print(convwave.__file__)", tried)
+        if done.returncode == 0 and Path(done.stdout.strip()).resolve().parent == ROOT / "convwave":
+            return tried
+    sys.exit("gpu: convwave cannot be imported; it needs torch, numpy and safetensors")
 
 
 def python(code: str, environment: dict[str, str]) -> subprocess.CompletedProcess[str]:
@@ -135,21 +123,14 @@ def device_folder(device: str, environment: dict[str, str]) -> str:
 
 def run(arguments: list[str], log: Path, environment: dict[str, str], seconds: float) -> int:
     """Run Python in the checkout, its output at the end of a file; killed when the time is up. The exit status."""
+    command, limit = [sys.executable, *arguments], max(1.0, seconds)
     with log.open("a") as file:
+        start = partial(subprocess.run, cwd=ROOT, env=environment, stdout=file, stderr=subprocess.STDOUT)
         try:
-            done = subprocess.run(
-                [sys.executable, *arguments],
-                cwd=ROOT,
-                env=environment,
-                stdout=file,
-                stderr=subprocess.STDOUT,
-                timeout=max(1.0, seconds),
-                check=False,
-            )
+            return start(command, timeout=limit, check=False).returncode
         except subprocess.TimeoutExpired:
             file.write(f"\nstopped after {seconds:.0f} s\n")
             return KILLED
-    return done.returncode
 
 
 if __name__ == "__main__":

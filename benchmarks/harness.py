@@ -22,11 +22,12 @@ import gc
 import math
 import os
 import random
-import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
+from itertools import accumulate
 from typing import Any, NamedTuple
 
 import torch
@@ -56,50 +57,28 @@ class Work(NamedTuple):
 
 @dataclass(frozen=True)
 class Competitor:
-    """One way to compute something.
+    """One way to compute something. Those of a group share one error bound, derived from the first, its baseline."""
 
-    Attributes:
-        provider: its name in tables and files.
-        make: builds and compiles it; may raise `Unavailable`.
-        dtype: of its arithmetic; sets the precision that the check expects.
-        positions: that one run handles, when it is another number than its rivals'.
-        expected: what it must compute, when that is not what its rivals compute.
-        group: competitors of a group share one error bound, derived from its first member, the baseline of errors.
-        exact: of a baseline of errors, the result of the same code in float64: proof that its error is rounding alone.
-        replays: it replays CUDA graphs by itself, so no other CUDA graph is made of it.
-        captures: a CUDA graph can be made of it; one that fails may spoil what is captured after it.
-    """
-
-    provider: str
-    make: Callable[[], Work]
-    dtype: torch.dtype = torch.float32
-    positions: int | None = None
-    expected: Results | None = None
+    provider: str  # its name in tables and files
+    make: Callable[[], Work]  # builds and compiles it; may raise `Unavailable`
+    dtype: torch.dtype = torch.float32  # sets the precision that the check expects
+    positions: int | None = None  # that one run handles, when it is another number than its rivals'
+    expected: Results | None = None  # what it must compute, when that is not what its rivals compute
     group: str = ""
-    exact: Callable[[], Results] | None = None
-    replays: bool = False
-    captures: bool = True
+    exact: Callable[[], Results] | None = None  # of a baseline: the same code in float64, to prove that it only rounds
+    no_capture: str = ""  # why no CUDA graph is made of it; a capture that fails may spoil those after it
 
 
 @dataclass(frozen=True)
 class Settings:
-    """How long to measure.
-
-    Attributes:
-        device: "cpu", "cuda", ...
-        rounds: samples of every competitor.
-        least_rounds: taken even when the time is up; two halves of two samples each need 4.
-        seconds: after which no further round begins.
-        sample_seconds: calls are repeated within a sample until it lasts this long.
-        deadline: on `time.monotonic`'s clock, after which nothing more is built.
-    """
+    """How long to measure."""
 
     device: str = "cpu"
-    rounds: int = 15
-    least_rounds: int = 4
-    seconds: float = 12.0
-    sample_seconds: float = 0.004
-    deadline: float | None = None
+    rounds: int = 15  # samples of every competitor
+    least_rounds: int = 4  # taken even when the time is up; two halves of two samples each need 4
+    seconds: float = 12.0  # after which no further round begins
+    sample_seconds: float = 0.004  # that a sample lasts at least, by repeated calls
+    deadline: float = math.inf  # on `time.monotonic`'s clock, after which nothing more is built
 
     @property
     def cuda(self) -> bool:
@@ -108,16 +87,19 @@ class Settings:
 
 @dataclass(frozen=True)
 class Row:
-    """One figure. `status` is "ok", "wrong" or "not measured"; only the first has numbers."""
+    """One figure; without a provider, the point of a study at which a comparison stands.
+
+    `status` is "ok", "wrong" or "not measured"; only the first has numbers.
+    """
 
     study: str
-    provider: str
     mode: str
-    metric: str
-    unit: str
-    device: str
     x_name: str | None = None
     x: float | str | None = None
+    device: str = "cpu"
+    provider: str = ""
+    metric: str = "seconds"
+    unit: str = "s"
     median: float | None = None
     p05: float | None = None
     p25: float | None = None
@@ -130,38 +112,30 @@ class Row:
     bound: float | None = None
     note: str = ""
 
-    def to_json(self) -> dict[str, Any]:
-        return asdict(self)
+    def row(self, provider: str, metric: str = "seconds", unit: str = "s", **values: Any) -> Row:
+        """A figure at this point; of one number, unless `values` say otherwise."""
+        return replace(self, provider=provider, metric=metric, unit=unit, **{"n": int("median" in values), **values})
 
-
-class Point(NamedTuple):
-    """Where in a study a comparison stands: repeated in each of its rows."""
-
-    study: str
-    mode: str
-    x_name: str | None = None
-    x: float | str | None = None
-    device: str = "cpu"
-
-    def row(self, provider: str, metric: str, unit: str, **values: Any) -> Row:
-        return Row(self.study, provider, self.mode, metric, unit, self.device, self.x_name, self.x, **values)
-
-    def absent(self, provider: str, reason: str, metric: str = "seconds") -> Row:
+    def absent(self, provider: str, reason: Exception | str, metric: str = "seconds") -> Row:
         """The row of something that was not measured."""
-        return self.row(provider, metric, "s", status="not measured", note=reason)
+        return self.row(provider, metric, status="not measured", note=why(reason))
+
+
+def why(reason: Exception | str) -> str:
+    """A reason in one line, short enough for a table and without paths of this machine."""
+    if isinstance(reason, torch.OutOfMemoryError):
+        return "out of memory"
+    line = next((part for part in str(reason).strip().splitlines() if part.strip()), "")
+    words = [word.rsplit("/", 1)[-1] if word.count("/") > 1 else word for word in line.split()]
+    known = isinstance(reason, str | Unavailable)
+    return " ".join(words if known else [f"{type(reason).__name__}:", *words])[:160]
 
 
 def quantiles(samples: Sequence[float]) -> dict[str, float]:
     """Median and quantiles by linear interpolation between the ordered samples."""
-    ordered = sorted(samples)
-
-    def at(q: float) -> float:
-        place = q * (len(ordered) - 1)
-        low = math.floor(place)
-        high = min(low + 1, len(ordered) - 1)
-        return ordered[low] + (place - low) * (ordered[high] - ordered[low])
-
-    return {name: at(q) for name, q in QUANTILES.items()}
+    shares = torch.tensor(list(QUANTILES.values()), dtype=torch.float64)
+    found = torch.tensor(samples, dtype=torch.float64).quantile(shares)
+    return dict(zip(QUANTILES, found.tolist(), strict=True))
 
 
 def noise(samples: Sequence[float]) -> float:
@@ -173,10 +147,10 @@ def noise(samples: Sequence[float]) -> float:
     half = len(samples) // 2
     if half < 2:
         return 0.0
-    first, second = (quantiles(part)["median"] for part in (samples[:half], samples[-half:]))
-    apart = max(first, second) / max(min(first, second), 1e-300) - 1
-    whole = quantiles(samples)
-    return max(apart, 1.57 * (whole["p75"] - whole["p25"]) / len(samples) ** 0.5 / max(whole["median"], 1e-300))
+    low, high = sorted(quantiles(part)["median"] for part in (samples[:half], samples[-half:]))
+    whole, least = quantiles(samples), 1e-300  # where a profiler saw no kernels, all are 0
+    spread = 1.57 * (whole["p75"] - whole["p25"]) / len(samples) ** 0.5
+    return max(max(high, least) / max(low, least) - 1, spread / max(whole["median"], least))
 
 
 def statistics(samples: Sequence[float]) -> dict[str, Any]:
@@ -184,21 +158,19 @@ def statistics(samples: Sequence[float]) -> dict[str, Any]:
     return {**quantiles(samples), "n": len(samples), "noise": noise(samples)}
 
 
-# ---------------------------------------------------------------------------------------------------------------------
 # Checking
 
 
 def relative_error(got: Results, expected: Results) -> float:
     """Largest, over all named tensors, of the norm of the difference over the norm of what was expected."""
-    if got.keys() != expected.keys():
-        raise ValueError(f"result: expected {sorted(expected)}, got {sorted(got)}")
+    shapes, wanted = ({name: tuple(t.shape) for name, t in results.items()} for results in (got, expected))
+    if shapes != wanted:
+        raise ValueError(f"result: expected shapes {wanted}, got {shapes}")
     worst = 0.0
     for name, truth in expected.items():
-        if got[name].shape != truth.shape:
-            raise ValueError(f"{name}: expected shape {tuple(truth.shape)}, got {tuple(got[name].shape)}")
         exact = truth.detach().double()
-        error = (got[name].detach().to(exact.device, torch.float64) - exact).norm() / exact.norm().clamp(min=1e-300)
-        worst = max(worst, float(error)) if math.isfinite(float(error)) else math.inf
+        error = float((got[name].detach().to(exact) - exact).norm() / exact.norm().clamp(min=1e-300))
+        worst = max(worst, error) if math.isfinite(error) else math.inf
     return worst
 
 
@@ -219,7 +191,6 @@ def baseline_bound(competitor: Competitor, expected: Results) -> float:
     return 0.1 if relative_error(competitor.exact(), expected) <= EXACT else 0.0
 
 
-# ---------------------------------------------------------------------------------------------------------------------
 # Clocks
 
 
@@ -246,19 +217,13 @@ def calls_for(run: Callable[[], Any], settings: Settings) -> int:
 
 
 def capture(run: Callable[[], Any]) -> Callable[[], Any]:
-    """The replay of a CUDA graph of `run`.
-
-    Raises:
-        Unavailable: it cannot be captured.
-    """
+    """The replay of a CUDA graph of `run`; raises `Unavailable` where it cannot be captured."""
     current = torch.cuda.current_stream()
     try:
-        stream = torch.cuda.Stream()
-        stream.wait_stream(current)
-        with torch.cuda.stream(stream):
+        torch.cuda.synchronize()
+        with torch.cuda.stream(torch.cuda.Stream()):
             for _ in range(3):
                 run()
-        current.wait_stream(stream)
         torch.cuda.synchronize()
         cuda_graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(cuda_graph):
@@ -267,11 +232,11 @@ def capture(run: Callable[[], Any]) -> Callable[[], Any]:
         torch.cuda.synchronize()
     except (RuntimeError, AssertionError) as error:
         torch.cuda.set_stream(current)  # a capture that fails leaves its own behind
-        raise Unavailable(f"cannot be captured: {first_line(error)}") from None
+        raise Unavailable(f"cannot be captured: {why(str(error))}") from None
     return cuda_graph.replay
 
 
-def kernel_launches(run: Callable[[], Any], calls: int = 5) -> list[tuple[str, float]]:
+def kernel_launches(run: Callable[[], Any], calls: int) -> list[tuple[str, float]]:
     """Name and device seconds of every kernel that `calls` calls start, in the order in which they ran. CUDA only."""
     run()
     torch.cuda.synchronize()
@@ -297,9 +262,7 @@ def kernel_seconds(run: Callable[[], Any], calls: int = 5) -> list[float]:
 def per_call(launches: Sequence[float], calls: int) -> list[float]:
     """Sums over the launches of each call, when every call has equally many; else their mean alone."""
     each, rest = divmod(len(launches), calls)
-    if rest:
-        return [sum(launches) / calls]
-    return [sum(launches[i * each : (i + 1) * each]) for i in range(calls)]
+    return [sum(launches) / calls] if rest else [sum(launches[i * each : (i + 1) * each]) for i in range(calls)]
 
 
 def operators(run: Callable[[], Any]) -> int:
@@ -311,42 +274,26 @@ def operators(run: Callable[[], Any]) -> int:
     return sum(not name.startswith(("autograd::", "[memory]", "ProfilerStep")) for name in names)
 
 
-def peak_bytes(run: Callable[[], Any], device: str) -> int:
+def peak_bytes(work: Work, device: str) -> float:
     """Bytes that a call holds at its worst moment, above those held before it."""
-    run()
+    work.run()
     gc.collect()
     if device.startswith("cuda"):
         synchronize(device)
         before = torch.cuda.memory_allocated(device)
         torch.cuda.reset_peak_memory_stats(device)
-        run()
+        work.run()
         synchronize(device)
-        return torch.cuda.max_memory_allocated(device) - before
-    with _silent(), profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        run()
+        return float(torch.cuda.max_memory_allocated(device) - before)
+    for p in work.parameters:  # released here: the profiler warns of what it sees go but did not see come
+        p.grad = None
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        work.run()
     events = [e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]  # type: ignore[union-attr]
-    live = peak = 0
-    for event in sorted(events, key=lambda e: e.start_ns()):
-        live += event.nbytes()
-        peak = max(peak, live)
-    return peak
+    live = accumulate(event.nbytes() for event in sorted(events, key=lambda e: e.start_ns()))
+    return float(max(live, default=0))
 
 
-@contextmanager
-def _silent() -> Iterator[None]:
-    """Without the warning that gradients of an earlier call are released, which no Python filter reaches."""
-    sys.stderr.flush()
-    kept = os.dup(2)
-    with open(os.devnull, "w") as nowhere:
-        os.dup2(nowhere.fileno(), 2)
-    try:
-        yield
-    finally:
-        os.dup2(kept, 2)
-        os.close(kept)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
 # Comparing
 
 
@@ -357,7 +304,7 @@ class _Entry:
     competitor: Competitor
     work: Work
     calls: int
-    checked: dict[str, float]
+    checked: dict[str, Any]
     positions: int
     seconds: list[float] = field(default_factory=list)
     replay: Callable[[], Any] | None = None
@@ -367,7 +314,7 @@ class _Entry:
 def compare(
     competitors: Sequence[Competitor],
     expected: Results,
-    point: Point,
+    point: Row,
     settings: Settings,
     *,
     positions: int = 0,
@@ -393,44 +340,34 @@ def compare(
     rows: list[Row] = []  # of those that cannot be timed
     entries: list[_Entry] = []
     errors: dict[str, float] = {}
-    for competitor in competitors:
-        provider = competitor.provider
+    for one in competitors:
         try:
-            if settings.deadline is not None and time.monotonic() > settings.deadline:
+            if time.monotonic() > settings.deadline:
                 raise Unavailable(TIME_UP)
-            work = competitor.make()
-            truth = expected if competitor.expected is None else competitor.expected
+            work = one.make()
+            truth = expected if one.expected is None else one.expected
             error = relative_error(work.result(), truth)
-            if competitor.group in errors:
-                bound = error_bound(errors[competitor.group], competitor.dtype)
-            else:
-                bound = baseline_bound(competitor, truth)
-        except Unavailable as reason:
-            rows.append(point.absent(provider, str(reason)))
-        except torch.OutOfMemoryError:
-            rows.append(point.absent(provider, "out of memory"))
+            known = one.group in errors
+            bound = error_bound(errors[one.group], one.dtype) if known else baseline_bound(one, truth)
         except ValueError as reason:
-            rows.append(point.row(provider, "seconds", "s", status="wrong", note=first_line(reason)))
+            rows.append(point.row(one.provider, status="wrong", note=why(str(reason))))
         except Exception as reason:  # a peer may fail in any way; the others are still to be measured
-            rows.append(point.absent(provider, f"{type(reason).__name__}: {first_line(reason)}"))
+            rows.append(point.absent(one.provider, reason))
         else:
-            checked = {"error": error, "bound": bound}
+            checked: dict[str, Any] = {"error": error, "bound": bound}
             if error <= bound:
-                errors.setdefault(competitor.group, error)
-                calls = calls_for(work.run, settings)
-                entries.append(_Entry(competitor, work, calls, checked, competitor.positions or positions))
+                errors.setdefault(one.group, error)
+                entries.append(_Entry(one, work, calls_for(work.run, settings), checked, one.positions or positions))
             else:
                 note = "differs from the float64 result"
-                rows.append(point.row(provider, "seconds", "s", status="wrong", note=note, **checked))
+                rows.append(point.row(one.provider, status="wrong", note=note, **checked))
     for entry in entries if settings.cuda else ():
         try:
-            if entry.competitor.replays:
-                raise Unavailable("replays CUDA graphs already")
-            if not entry.competitor.captures:
-                raise Unavailable("copies from the host in every run")
+            if entry.competitor.no_capture:
+                raise Unavailable(entry.competitor.no_capture)
             entry.replay = capture(entry.work.run)
         except Unavailable as reason:
-            rows.append(point.absent(entry.competitor.provider, str(reason), "graph_seconds"))
+            rows.append(point.absent(entry.competitor.provider, reason, "graph_seconds"))
 
     order = random.Random(0)
     for _ in rounds(settings):
@@ -452,29 +389,24 @@ def rounds(settings: Settings) -> Iterator[int]:
         yield i
 
 
-def _rows(entry: _Entry, base: _Entry | None, point: Point, settings: Settings, memory: bool) -> list[Row]:
-    rows: list[Row] = []
-
-    def add(metric: str, unit: str, values: Mapping[str, Any], note: str = "") -> None:
-        rows.append(point.row(entry.competitor.provider, metric, unit, **values, **entry.checked, note=note))
-
+def _rows(entry: _Entry, base: _Entry | None, point: Row, settings: Settings, memory: bool) -> Iterator[Row]:
+    row: Callable[..., Row] = partial(point.row, entry.competitor.provider, **entry.checked)
     seconds = statistics(entry.seconds)
-    add("seconds", "s", seconds)
+    yield row("seconds", "s", **seconds)
     if entry.positions:
-        turned = dict(zip(QUANTILES, reversed(QUANTILES), strict=True))  # the fastest run has the shortest time
-        add("positions_per_second", "1/s", seconds | {q: entry.positions / seconds[turned[q]] for q in QUANTILES})
+        turned = zip(QUANTILES, reversed(QUANTILES), strict=True)  # the fastest run has the shortest time
+        yield row("positions_per_second", "1/s", **seconds | {q: entry.positions / seconds[p] for q, p in turned})
     if base is not None and entry is not base:
-        add("speedup", "x", speedup(entry, base), f"over {base.competitor.provider}")
+        yield row("speedup", "x", **speedup(entry, base), note=f"over {base.competitor.provider}")
     if entry.replay_seconds:
-        add("graph_seconds", "s", statistics(entry.replay_seconds))
+        yield row("graph_seconds", "s", **statistics(entry.replay_seconds))
     if settings.cuda:
-        add("kernel_seconds", "s", statistics(kernel_seconds(entry.work.run)))
+        yield row("kernel_seconds", "s", **statistics(kernel_seconds(entry.work.run)))
     if memory:
-        peak = float(peak_bytes(entry.work.run, settings.device))
-        add("peak_bytes", "B", statistics([peak]))
+        peak = peak_bytes(entry.work, settings.device)
+        yield row("peak_bytes", "B", **statistics([peak]))
         if entry.positions:
-            add("bytes_per_position", "B", statistics([peak / entry.positions]))
-    return rows
+            yield row("bytes_per_position", "B", **statistics([peak / entry.positions]))
 
 
 def speedup(entry: _Entry, base: _Entry) -> dict[str, Any]:
@@ -483,15 +415,13 @@ def speedup(entry: _Entry, base: _Entry) -> dict[str, Any]:
     How far the median of those ratios is from the ratio counts as noise.
     """
     scale = (entry.positions or 1) / (base.positions or 1)
-    ratios = [scale * b / e for b, e in zip(base.seconds, entry.seconds, strict=True)]
-    found = statistics(ratios)
+    found = statistics([scale * b / e for b, e in zip(base.seconds, entry.seconds, strict=True)])
     ratio = scale * quantiles(base.seconds)["median"] / quantiles(entry.seconds)["median"]
     apart = max(ratio, found["median"]) / min(ratio, found["median"]) - 1
     found |= {q: (min if share < 0.5 else max)(found[q], ratio) for q, share in QUANTILES.items()}
     return found | {"median": ratio, "noise": max(found["noise"], apart)}
 
 
-# ---------------------------------------------------------------------------------------------------------------------
 # The same numeric flags for everybody
 
 PRECISIONS = {
@@ -504,18 +434,17 @@ PRECISIONS = {
 
 
 @contextmanager
-def numeric_flags(precision: str = "float32", deterministic: bool = False) -> Iterator[torch.dtype]:
-    """Set precision and determinism for everything that runs inside; yields the dtype."""
-    dtype, matmul = PRECISIONS[precision]
-    cudnn = torch.backends.cudnn
-    before = torch.get_float32_matmul_precision(), cudnn.allow_tf32, cudnn.deterministic
+def numeric_flags(precision: str = "float32") -> Iterator[torch.dtype]:
+    """Set the precision of everything that runs inside; yields the dtype."""
+    (dtype, matmul), cudnn = PRECISIONS[precision], torch.backends.cudnn
+    before = torch.get_float32_matmul_precision(), cudnn.allow_tf32
     torch.set_float32_matmul_precision(matmul)
-    cudnn.allow_tf32, cudnn.deterministic = matmul == "high", deterministic
+    cudnn.allow_tf32 = matmul == "high"
     try:
         yield dtype
     finally:
         torch.set_float32_matmul_precision(before[0])
-        cudnn.allow_tf32, cudnn.deterministic = before[1:]
+        cudnn.allow_tf32 = before[1]
 
 
 def flags() -> dict[str, Any]:
@@ -526,10 +455,3 @@ def flags() -> dict[str, Any]:
         **{f"cudnn.{name}": getattr(torch.backends.cudnn, name) for name in cudnn},
         "threads": torch.get_num_threads(),
     }
-
-
-def first_line(error: BaseException | str) -> str:
-    """The first line of a message, short enough for a table and without paths of this machine."""
-    line = next((part for part in str(error).strip().splitlines() if part.strip()), type(error).__name__)
-    words = [word.rsplit("/", 1)[-1] if word.count("/") > 1 else word for word in line.split()]
-    return " ".join(words)[:160]

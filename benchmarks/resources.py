@@ -19,8 +19,10 @@ import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from itertools import product
 from pathlib import Path
 from typing import Any, NamedTuple
+from unittest import mock
 
 if os.environ.get("TRITON_INTERPRET") == "1":
     sys.exit("resources: TRITON_INTERPRET=1 is set: the interpreter compiles nothing, unset it")
@@ -42,19 +44,11 @@ WIDTHS = ((10, 68), (68, 68), (24, 27), (128, 128), (256, 256), (512, 512), (102
 ROWS = 2**20
 
 
-class Target(NamedTuple):
-    """A kind of GPU: as triton names it, what it multiplies in, the instructions of its matrix units."""
-
-    triton: GPUTarget
-    precisions: tuple[str, ...]
-    matrix: tuple[str, ...]
-
-
 NVIDIA = ("ieee", "tf32x3", "tf32", "bf16", "fp16")
-TARGETS = {
-    "sm_80": Target(GPUTarget("cuda", 80, 32), NVIDIA, ("HMMA",)),
-    "sm_90": Target(GPUTarget("cuda", 90, 32), NVIDIA, ("HGMMA", "HMMA")),
-    "gfx942": Target(GPUTarget("hip", "gfx942", 64), ("ieee", "bf16", "fp16"), ("v_mfma",)),
+TARGETS = {  # as triton names it, what it multiplies in, the instructions of its matrix units
+    "sm_80": (GPUTarget("cuda", 80, 32), NVIDIA, "HMMA"),
+    "sm_90": (GPUTarget("cuda", 90, 32), NVIDIA, "HGMMA|HMMA"),
+    "gfx942": (GPUTarget("hip", "gfx942", 64), ("ieee", "bf16", "fp16"), "v_mfma"),
 }
 
 
@@ -72,17 +66,14 @@ def recording(target: str) -> Iterator[list[Recorded]]:
     launches: list[Recorded] = []
 
     def run(self: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
-        arguments = dict(zip(self.arg_names, args, strict=False))
-        arguments |= {name: value for name, value in kwargs.items() if name in self.arg_names}
-        options = {name: value for name, value in kwargs.items() if name in ("num_warps", "num_stages")}
+        given = dict(zip(self.arg_names, args, strict=False)) | kwargs
+        arguments = {name: value for name, value in given.items() if name in self.arg_names}
+        options = {name: value for name, value in given.items() if name in ("num_warps", "num_stages")}
         launches.append(Recorded(self, arguments, options))
 
-    plain = JITFunction.run, configs.has_wgmma
-    JITFunction.run, configs.has_wgmma = run, lambda device: target == "sm_90"  # type: ignore[assignment]
-    try:
+    is_sm_90 = mock.patch.object(configs, "has_wgmma", return_value=target == "sm_90")
+    with mock.patch.object(JITFunction, "run", run), is_sm_90:
         yield launches
-    finally:
-        JITFunction.run, configs.has_wgmma = plain  # type: ignore[assignment]
 
 
 def stack_launches(C: int, H: int, precision: str, target: str) -> list[Recorded]:
@@ -135,7 +126,7 @@ def compile_launch(launch: Recorded, target: GPUTarget) -> Any:
     return triton.compile(source, target=target, options=dict(launch.options))
 
 
-def resources(compiled: Any, target: Target) -> dict[str, int]:
+def resources(compiled: Any, matrix: str) -> dict[str, int]:
     """Registers and spilled bytes of a thread, shared bytes of a program, instructions for matrix units."""
     if "cubin" not in compiled.asm:
         text = usage = compiled.asm["amdgcn"]
@@ -152,8 +143,8 @@ def resources(compiled: Any, target: Target) -> dict[str, int]:
                 for tool, option in commands
             )
     registers, spilled = (int(re.findall(pattern, usage)[0]) for pattern in patterns)
-    matrix = len(re.findall(rf"\b(?:{'|'.join(target.matrix)})", text))
-    return {"registers": registers, "spilled": spilled, "shared": compiled.metadata.shared, "matrix": matrix}
+    found = len(re.findall(rf"\b(?:{matrix})", text))
+    return {"registers": registers, "spilled": spilled, "shared": compiled.metadata.shared, "matrix": found}
 
 
 def plan(
@@ -161,15 +152,13 @@ def plan(
 ) -> Iterator[tuple[dict[str, Any], Recorded]]:
     """Each different kernel, width, precision and target: what the table says of it before it is compiled."""
     seen: set[tuple[Any, ...]] = set()
-    for target in targets:
-        for C, H in widths:
-            for precision in (p for p in TARGETS[target].precisions if p in precisions):
-                for launch in stack_launches(C, H, precision, target):
-                    arguments = ((n, str(v.dtype) if hasattr(v, "dtype") else v) for n, v in launch.arguments.items())
-                    key = (target, launch.kernel, *arguments)
-                    if key not in seen:
-                        seen.add(key)
-                        yield _row(target, launch, precision), launch
+    for target, (C, H), precision in product(targets, widths, NVIDIA):
+        possible = precision in precisions and precision in TARGETS[target][1]
+        for launch in stack_launches(C, H, precision, target) if possible else ():
+            key = (target, launch.kernel, *(getattr(value, "dtype", value) for value in launch.arguments.values()))
+            if key not in seen:
+                seen.add(key)
+                yield _row(target, launch, precision), launch
 
 
 _VARIANTS = {  # of each kernel, told by the arguments that are not None
@@ -196,16 +185,13 @@ def _row(target: str, launch: Recorded, precision: str) -> dict[str, Any]:
     }
 
 
-def line(row: dict[str, Any]) -> str:
-    """One row of the table on the terminal."""
-    return (
-        f"{row['target']:7} {row['kernel']:23} {row['C']:5} -> {row['H']:<5} {row['precision']:7} {row['tile']:14} "
-        f"{row['warps']:2} warps {row['registers']:4} registers {row['spilled']:5} B spilled "
-        f"{row['shared']:7} B shared {row['matrix']:4} matrix  {row['variant']}"
-    )
+LINE = (
+    "{target:7} {kernel:23} {C:5} -> {H:<5} {precision:7} {tile:14} {warps:2} warps {registers:4} registers "
+    "{spilled:5} B spilled {shared:7} B shared {matrix:4} matrix  {variant}"
+)
 
 
-def main() -> int:
+def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.resources", description=__doc__.split("\n")[0])
     parser.add_argument("--target", choices=sorted(TARGETS), action="append", help="default: all")
     parser.add_argument("--width", type=int, action="append", metavar="C", help="levels of C to C channels only")
@@ -215,20 +201,18 @@ def main() -> int:
     args = parser.parse_args()
     partial = args.target or args.width or args.precision or args.kernel
     widths = [(c, c) for c in args.width] if args.width else WIDTHS
-    source = provenance("python -m benchmarks.resources")
+    source = json.dumps(provenance("python -m benchmarks.resources"))
     rows = []
     for row, launch in plan(args.target or list(TARGETS), widths, args.precision or NVIDIA):
-        if args.kernel and row["kernel"] not in args.kernel:
-            continue
-        target = TARGETS[row["target"]]
-        rows.append(row | resources(compile_launch(launch, target.triton), target))
-        print(line(rows[-1]), flush=True)
+        if not args.kernel or row["kernel"] in args.kernel:
+            target, _, matrix = TARGETS[row["target"]]
+            rows.append(row | resources(compile_launch(launch, target), matrix))
+            print(LINE.format(**rows[-1]), flush=True)
     out = args.out or (None if partial else RESULTS)
     if out is not None:
         lines = ",\n".join(json.dumps(row) for row in rows)
-        write_atomic(out, f'{{"provenance": {json.dumps(source)},\n"rows": [\n{lines}\n]}}\n'.encode())
-    return 0
+        write_atomic(out, f'{{"provenance": {source},\n"rows": [\n{lines}\n]}}\n'.encode())
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -31,10 +31,10 @@ from typing import Any, NamedTuple
 import torch
 
 import convwave as cw
-from benchmarks.figures import PostLoop, prepare, quantiles
+from benchmarks.figures import PostLoop, prepare, quantiles, save
+from benchmarks.harness import synchronize
 from benchmarks.results import RESULTS
 from convwave.cli.console import stderr, table
-from convwave.files import write_atomic
 from convwave.runs.registry import device_name, provenance
 from convwave.train import PUBLISHED, Config, UsageError, available_tiers, fit
 
@@ -43,19 +43,12 @@ BLOG_STEPS = 500  # of the baseline, between two trainings
 
 
 class Track(NamedTuple):
-    """What is to be reached, and by what network.
-
-    Attributes:
-        title: in words.
-        target: mean validation loss.
-        parameters: at most.
-        recipe, cuda_recipe: ours, on a CPU and on a GPU.
-    """
+    """What is to be reached, and by what network."""
 
     title: str
-    target: float
-    parameters: int
-    recipe: str
+    target: float  # mean validation loss
+    parameters: int  # at most
+    recipe: str  # ours, on a CPU
     cuda_recipe: str
 
 
@@ -75,39 +68,29 @@ class Timed(NamedTuple):
 
 def timed_training(text: str, config: Config) -> Timed:
     """From a text of one word a line to a network ready to evaluate."""
-    cuda = config.device.startswith("cuda")
-    if cuda:
-        torch.cuda.synchronize(config.device)
+    synchronize(config.device)
     started, cpu_started = time.perf_counter(), time.process_time()
     words = text.split("\n")
     vocabulary = cw.Vocabulary.from_words(words)
     model = fit(config, cw.pack(cw.split_words(words).train, vocabulary), vocabulary)
-    if cuda:
-        torch.cuda.synchronize(config.device)
+    synchronize(config.device)
     return Timed(model, time.perf_counter() - started, time.process_time() - cpu_started)
 
 
 def p_value(values: list[float], target: float) -> float:
-    """One-sided t-test: how likely means this far below the target are if the true mean is the target."""
+    """One-sided t-test: how likely means this far below the target are if the true mean is the target.
+
+    With t = sqrt(f) tan(angle), Student's density of f degrees of freedom is that of cos(angle)^(f - 1).
+    """
     n = len(values)
-    deviation = statistics.stdev(values)
     difference = target - statistics.mean(values)
-    if deviation == 0:
-        return 0.0 if difference > 0 else 1.0
-    t = difference / (deviation / n**0.5)
-    # P(|T| < t) of n - 1 degrees of freedom as a finite sum (Abramowitz and Stegun 26.7.3 and 26.7.4)
-    freedom = n - 1
-    angle = math.atan(t / freedom**0.5)
-    odd = freedom % 2 == 1
-    term = math.cos(angle) if odd else 1.0
-    total = term if freedom > 1 else 0.0
-    for k in range(3 if odd else 2, freedom - 1, 2):
-        term *= (k - 1) / k * math.cos(angle) ** 2
-        total += term
-    within = math.sin(angle) * total
-    if odd:
-        within = 2 / math.pi * (angle + within)
-    return max(0.0, (1 - within) / 2)
+    t = math.atan2(difference * n**0.5, statistics.stdev(values) * (n - 1) ** 0.5)
+
+    def area(start: float) -> float:
+        angles = torch.linspace(start, math.pi / 2, 100_001, dtype=torch.float64)
+        return float(torch.trapezoid(angles.cos().clamp(min=0) ** (n - 2), angles))
+
+    return area(t) / area(-math.pi / 2)
 
 
 def speedrun(words: cw.Words, name: str, config: Config, seeds: int) -> dict[str, Any]:
@@ -208,6 +191,7 @@ def by_part(text: str, config: Config) -> dict[str, float]:
 
 
 def main() -> int:
+    """0, or 1 where the target is missed."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--track", choices=TRACKS, default="post")
     parser.add_argument("--recipe", help="of `convwave train` (default: the track's on this device)")
@@ -219,49 +203,46 @@ def main() -> int:
     args = parser.parse_args()
     words = cw.load_words()
     if not words.is_names_txt:
-        print("benchmarks.speedrun: needs the post's names.txt: 'convwave data fetch'", file=sys.stderr)
-        return 2
+        parser.error("needs the post's names.txt: 'convwave data fetch'")
     if args.seeds < SEEDS:
-        print(f"benchmarks.speedrun: --seeds: expected at least {SEEDS}, got {args.seeds}", file=sys.stderr)
-        return 2
+        parser.error(f"--seeds: expected at least {SEEDS}, got {args.seeds}")
     track = TRACKS[args.track]
     recipe = args.recipe or (track.cuda_recipe if args.device.startswith("cuda") else track.recipe)
     try:
         config = Config.make(recipe=recipe, device=args.device, tier=args.tier)
     except UsageError as error:
-        print(f"benchmarks.speedrun: {error}", file=sys.stderr)
-        return 2
-
+        parser.error(str(error))
     if args.profile and config.tier != "cpu":
-        print(f"benchmarks.speedrun: --profile: expected tier cpu, got {config.tier}", file=sys.stderr)
-        return 2
-    command = f"python -m benchmarks.speedrun --track {args.track}" + (" --profile" if args.profile else "")
-    name = "speedrun" if args.track == "post" else f"speedrun-{args.track}"
-    if args.device != "cpu":
-        name, command = f"{name}-{args.device}", f"{command} --device {args.device}"
-    if args.recipe is not None:
-        name, command = f"{name}-{args.recipe}", f"{command} --recipe {args.recipe}"
-    if config.tier != available_tiers(config.model, config.recipe, config.device)[0]:
-        name, command = f"{name}-{config.tier}", f"{command} --tier {config.tier}"
-    source = provenance(command) | {"device": device_name(config.device)}
-    if args.profile:
-        report = {"provenance": source, **profile(words, config)}
-        name = f"{name}-profile"
-    else:
-        report = {"provenance": source, **speedrun(words, args.track, config, args.seeds)}
-        stderr().print(
-            f"val {report['val_mean']:.4f} ± {report['val_std']:.4f} over {args.seeds} seeds, target "
-            f"{report['target']}, p = {report['p_value']:.2g}"
+        parser.error(f"--profile: expected tier cpu, got {config.tier}")
+
+    fastest = available_tiers(config.model, config.recipe, config.device)[0]
+    options = {  # what differs from a plain run: in the name of the file and in the command
+        "device": None if args.device == "cpu" else args.device,
+        "recipe": args.recipe,
+        "tier": None if config.tier == fastest else config.tier,
+    }
+    given = {option: value for option, value in options.items() if value is not None}
+    command = [f"python -m benchmarks.speedrun --track {args.track}", *["--profile"] * args.profile]
+    command += [f"--{option} {value}" for option, value in given.items()]
+    name = ["speedrun", *[args.track] * (args.track != "post"), *given.values(), *["profile"] * args.profile]
+    source = provenance(" ".join(command)) | {"device": device_name(config.device)}
+    found = profile(words, config) if args.profile else speedrun(words, args.track, config, args.seeds)
+    if not args.profile:
+        print(
+            f"val {found['val_mean']:.4f} ± {found['val_std']:.4f} over {args.seeds} seeds, target "
+            f"{found['target']}, p = {found['p_value']:.2g}",
+            file=sys.stderr,
         )
-        if not report["reached"]:
+        if not found["reached"]:
             print("benchmarks.speedrun: the target is missed, so there is no time", file=sys.stderr)
             return 1
-        rows = [("seconds", report["seconds"]), ("seconds of all cores", report["cpu_seconds"])]
+        rows = [("seconds", found["seconds"]), ("seconds of all cores", found["cpu_seconds"])]
         shown = [[name, *(f"{values[key]:.3f}" for key in ("median", "min", "max"))] for name, values in rows]
-        shown.append(["the post's loop, estimated", f"{report['baseline']['estimated_seconds']:.0f}", "", ""])
-        title = f"{report['title']}: {source['device']}, tier {config.tier}"
+        shown.append(["the post's loop, estimated", f"{found['baseline']['estimated_seconds']:.0f}", "", ""])
+        title = f"{found['title']}: {source['device']}, tier {config.tier}"
         stderr().print(table(title, ["", "median", "min", "max"], shown))
-    write_atomic(args.out / f"{name}.json", (json.dumps(report, indent=2) + "\n").encode())
+    report = {"provenance": source, **found}
+    save(report, args.out / f"{'-'.join(name)}.json")
     print(json.dumps(report))
     return 0
 

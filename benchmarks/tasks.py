@@ -12,11 +12,9 @@ Two tasks, and within a task every competitor computes the same function:
 
 from __future__ import annotations
 
-import copy
 import functools
 import importlib
-from collections.abc import Callable, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -24,23 +22,18 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import convwave as cw
-from benchmarks.harness import Competitor, Results, Unavailable, Work, first_line
+from benchmarks.harness import Competitor, Results, Unavailable, Work, why
 
 MAX_AUTOTUNE = "max-autotune"  # of torch.compile
 Compile = str | bool  # False, True, or the mode
+REPLAYS = {MAX_AUTOTUNE: "replays CUDA graphs already"}
 
 
 def compiled(function: Callable[..., Any], how: Compile = True) -> Callable[..., Any]:
-    """`torch.compile` with static shapes, or the function itself.
-
-    Raises:
-        Unavailable: this machine has no compiler for it.
-    """
-    if not how:
-        return function
-    if _compiler_is_missing():
+    """`torch.compile` with static shapes, or the function itself; raises `Unavailable` without a compiler."""
+    if how and _compiler_is_missing():
         raise Unavailable(f"torch.compile: {_compiler_is_missing()}")
-    return torch.compile(function, dynamic=False, mode=how if isinstance(how, str) else None)
+    return torch.compile(function, dynamic=False, mode=how if isinstance(how, str) else None) if how else function
 
 
 @functools.cache
@@ -50,7 +43,7 @@ def _compiler_is_missing() -> str:
     try:
         torch.compile(lambda x: x + 1, dynamic=False)(torch.zeros(2, device=device))
     except Exception as error:  # whatever Inductor raises without a compiler
-        return first_line(error)
+        return why(str(error))
     return ""
 
 
@@ -60,11 +53,18 @@ def need(backend: str) -> None:
         raise Unavailable(f"backend {backend!r} is not available here")
 
 
+def copied(model: cw.ConvWave, like: Tensor, training: bool, **changes: Any) -> cw.ConvWave:
+    """A network with the same weights, of the dtype and on the device of a tensor."""
+    found = cw.ConvWave(**model.config() | {"backend": "eager"} | changes)
+    found.load_state_dict(model.state_dict())
+    return found.to(like.device, like.dtype).train(training)
+
+
 def work_of(
     forward: Callable[[], Tensor],
     training: bool,
     show: Callable[[Tensor], Results],
-    parameters: Sequence[Tensor] = (),
+    parameters: Iterable[Tensor] = (),
     gradients: Callable[[], Results] = dict,
     gradient: Tensor | None = None,
 ) -> Work:
@@ -72,15 +72,16 @@ def work_of(
     if not training:
         inference = torch.no_grad()(forward)
         return Work(inference, lambda: show(inference()))
+    trained = list(parameters)
 
     def step() -> Tensor:
-        for p in parameters:
+        for p in trained:
             p.grad = None
         out = forward()
         out.backward(gradient)
         return out
 
-    return Work(step, lambda: {**show(step().detach()), **gradients()}, parameters)
+    return Work(step, lambda: {**show(step().detach()), **gradients()}, trained)
 
 
 def grad(parameter: Tensor) -> Tensor:
@@ -88,26 +89,8 @@ def grad(parameter: Tensor) -> Tensor:
     return parameter.grad
 
 
-def deterministic(competitor: Competitor) -> Competitor:
-    """The same with cudnn's deterministic algorithms."""
-
-    def make() -> Work:
-        work = competitor.make()
-
-        def run() -> None:
-            before, torch.backends.cudnn.deterministic = torch.backends.cudnn.deterministic, True
-            try:
-                work.run()
-            finally:
-                torch.backends.cudnn.deterministic = before
-
-        return work._replace(run=run)
-
-    return replace(competitor, make=make)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# The network over names
+def by_level(gradients: Iterable[Tensor]) -> Results:
+    return {f"level {i}": gradient for i, gradient in enumerate(gradients)}
 
 
 class Network:
@@ -132,15 +115,14 @@ class Network:
     def expected(self, model: cw.ConvWave | None = None, last: int | None = None) -> Results:
         """The result in float64, from the windowed MLP's function evaluated densely (equal: `convwave verify`).
 
-        Args:
-            model: another network than the task's.
-            last: how many windows, the last ones, count; None means all.
+        `model` is another network than the task's, `last` how many windows, the last ones, count; None means all.
         """
         last = last or self.positions
         counts = torch.zeros(self.positions, dtype=torch.float64)
         counts[-last:] = 1
         graph = cw.dense_graph(self.packed, factors=self.model.factors, counts=counts)
-        result = self._work(self._copy(model or self.model, torch.float64), graph.to(self.device)).result()
+        exact = self._copy(model or self.model, torch.float64)
+        result = self._work(exact, graph.to(self.device)).result()
         return result if self.training else {"logits": result["logits"][-last:]}
 
     def windowed(self, name: str = "windowed MLP", compile: Compile = False) -> Competitor:
@@ -149,14 +131,14 @@ class Network:
         def make(dtype: torch.dtype = torch.float32, compile: Compile = compile) -> Work:
             mlp = cw.to_torch(self.model).to(self.device, dtype).train(self.training)
             weights = [module.weight for module in mlp if isinstance(module, nn.Linear)]
-            return self._windows(compiled(mlp, compile), list(mlp.parameters()), weights, lambda g: g)
+            return self._windows(compiled(mlp, compile), mlp.parameters(), weights, lambda g: g)
 
         expected = None if self.windows == self.positions else self.expected(last=self.windows)
-        exact = functools.partial(lambda: make(torch.float64, False).result())
-        replays = compile == MAX_AUTOTUNE
-        return Competitor(name, make, exact=exact, positions=self.windows, expected=expected, replays=replays)
+        why_not = REPLAYS.get(str(compile), "")
+        exact = lambda: make(torch.float64, False).result()  # noqa: E731
+        return Competitor(name, make, exact=exact, positions=self.windows, expected=expected, no_capture=why_not)
 
-    def reference(self, name: str = "the post's own classes") -> Competitor:
+    def reference(self) -> Competitor:
         """The post's network as it stands, with its unbiased variance; checked against the same in float64."""
         post = self._copy(self.model)
         for block in post.layers:
@@ -167,27 +149,36 @@ class Network:
             weights = [layer.weight for layer in mlp.layers if isinstance(layer, cw.reference.Linear)]
             return self._windows(mlp, mlp.parameters(), weights, lambda g: g.T)
 
-        return Competitor(name, make, expected=self.expected(post))
+        return Competitor("the post's own classes", make, expected=self.expected(post))
 
     def _windows(
         self,
         call: Callable[[Tensor], Tensor],
-        parameters: Sequence[Tensor],
+        parameters: Iterable[Tensor],
         weights: Sequence[Tensor],
         layout: Callable[[Tensor], Tensor],
     ) -> Work:
         windows = cw.reference.build_windows(self.packed, self.model.context)
         inputs, targets = (t[-self.windows :].to(self.device) for t in windows)
+        trained = list(parameters)
 
         def gradients() -> Results:
             *levels, head = (layout(grad(w)) for w in weights)
-            return _gradients(grad(parameters[0]), levels, head)
+            return {"embedding": grad(trained[0]), "head": head, **by_level(levels)}
 
+        return self._loss(lambda: call(inputs), lambda logits: F.cross_entropy(logits, targets), trained, gradients)
+
+    def _loss(
+        self,
+        logits: Callable[[], Tensor],
+        loss: Callable[[Tensor], Tensor],
+        parameters: Iterable[Tensor],
+        gradients: Callable[[], Results],
+        show: Callable[[Tensor], Tensor] = lambda out: out,
+    ) -> Work:
         if not self.training:
-            return work_of(lambda: call(inputs), False, lambda out: {"logits": out})
-        return work_of(
-            lambda: F.cross_entropy(call(inputs), targets), True, lambda out: {"loss": out}, parameters, gradients
-        )
+            return work_of(logits, False, lambda out: {"logits": show(out)})
+        return work_of(lambda: loss(logits()), True, lambda out: {"loss": out}, parameters, gradients)
 
     def convolution(
         self,
@@ -202,11 +193,11 @@ class Network:
 
         def make() -> Work:
             need(backend)
-            model = self._copy(self.model, torch.float32, backend)
+            model = self._copy(self.model, backend=backend)
             work = self._work(model, self.graph(kind), compile)
             return work._replace(run=lambda: self._work(model, self.graph(kind)).run()) if rebuilt else work
 
-        return Competitor(name or kind, make, captures=not rebuilt)
+        return Competitor(name or kind, make, no_capture="copies from the host in every run" * rebuilt)
 
     def graph(self, kind: str) -> cw.Graph:
         build = {"windowed": cw.windowed_graph, "dense": cw.dense_graph, "distinct": cw.distinct_graph}[kind]
@@ -220,7 +211,7 @@ class Network:
                 raise Unavailable("another function: the filling would count in BatchNorm's statistics")
             tokens, inside = (t.to(self.device) for t in rectangle(self.packed))
             model = self._copy(self.model)
-            call = compiled(conv1d_stack(model), compile)
+            call = compiled(Conv1dStack(model), compile)
 
             def forward() -> Tensor:
                 return model.head(call(model.embedding(tokens).transpose(1, 2)).transpose(1, 2))
@@ -230,26 +221,18 @@ class Network:
         return Competitor(name, make)
 
     def _copy(self, model: cw.ConvWave, dtype: torch.dtype = torch.float32, backend: str = "eager") -> cw.ConvWave:
-        copied = cw.ConvWave(**model.config(), backend=backend)
-        copied.load_state_dict(model.state_dict())
-        return copied.to(self.device, dtype).train(self.training)
+        return copied(model, torch.empty(0, dtype=dtype, device=self.device), self.training, backend=backend)
 
     def _work(self, model: cw.ConvWave, graph: cw.Graph, compile: Compile = False) -> Work:
-        call = compiled(lambda: model(graph), compile)
-
         def gradients() -> Results:
-            levels = [grad(block.conv.weight).transpose(1, 2).flatten(1) for block in model.layers]
-            return _gradients(grad(model.embedding.weight), levels, grad(model.head.weight))
+            levels = (grad(block.conv.weight).transpose(1, 2).flatten(1) for block in model.layers)
+            return {"embedding": grad(model.embedding.weight), "head": grad(model.head.weight), **by_level(levels)}
 
-        if not self.training:
-            return work_of(call, False, lambda out: {"logits": out if graph.inverse is None else out[graph.inverse]})
-        return work_of(
-            lambda: cw.loss(call(), graph), True, lambda out: {"loss": out}, list(model.parameters()), gradients
-        )
+        def show(out: Tensor) -> Tensor:
+            return out if graph.inverse is None else out[graph.inverse]
 
-
-def _gradients(embedding: Tensor, levels: Sequence[Tensor], head: Tensor) -> Results:
-    return {"embedding": embedding, "head": head, **{f"level {i}": g for i, g in enumerate(levels)}}
+        call = compiled(lambda: model(graph), compile)
+        return self._loss(call, lambda logits: cw.loss(logits, graph), model.parameters(), gradients, show)
 
 
 def rectangle(packed: cw.Packed) -> tuple[Tensor, Tensor]:
@@ -261,25 +244,42 @@ def rectangle(packed: cw.Packed) -> tuple[Tensor, Tensor]:
     return tokens, inside
 
 
-# ---------------------------------------------------------------------------------------------------------------------
 # The stack over sequences of one length
 
 
-def repeat_left(h: Tensor, dilation: int, dim: int) -> Tensor:
+def repeat_left(h: Tensor, dilation: int, dim: int = 2) -> Tensor:
     """`h` with its first position repeated `dilation` times in front: exact at the left edge, deterministic on CUDA."""
-    shape = list(h.shape)
-    shape[dim] = dilation
-    return torch.cat([h.narrow(dim, 0, 1).expand(shape), h], dim)
+    first = h.narrow(dim, 0, 1)
+    return torch.cat([first.expand([dilation if d == dim else -1 for d in range(h.dim())]), h], dim)
+
+
+def torch_norms(model: cw.ConvWave) -> nn.ModuleList:
+    norms = nn.ModuleList(nn.BatchNorm1d(b.norm.num_features, b.norm.eps, b.norm.momentum) for b in model.layers)
+    for norm, block in zip(norms, model.layers, strict=True):
+        norm.load_state_dict({**norm.state_dict(), **block.norm.state_dict()})
+    return norms
 
 
 class Conv1dStack(nn.Module):
-    """Convolution, nn.BatchNorm1d, tanh, level by level, over (B, C, T); `pad(h, dilation)` comes first."""
+    """A network's levels as nn.Conv1d, nn.BatchNorm1d and tanh over (B, C, T), or with another convolution or padding.
+
+    `pad(h, dilation)` comes first in each.
+    """
 
     def __init__(
-        self, convs: list[nn.Module], norms: list[nn.BatchNorm1d], pad: Callable[[Tensor, int], Tensor]
+        self,
+        model: cw.ConvWave,
+        conv: Callable[..., Any] = nn.Conv1d,
+        pad: Callable[[Tensor, int], Tensor] = repeat_left,
     ) -> None:
         super().__init__()
-        self.convs, self.norms, self.pad = nn.ModuleList(convs), nn.ModuleList(norms), pad
+        self.convs, self.norms, self.pad = nn.ModuleList(), torch_norms(model), pad
+        for block in model.layers:
+            H, C, k = block.conv.weight.shape
+            layer = conv(C, H, k, dilation=block.conv.dilation, bias=False)
+            layer.weight.data.copy_(block.conv.weight)
+            self.convs.append(layer)
+        self.to(model.head.weight).train(model.training)
 
     def forward(self, h: Tensor) -> Tensor:
         dilation = 1
@@ -292,11 +292,12 @@ class Conv1dStack(nn.Module):
 class ShiftedMatmulStack(nn.Module):
     """Two matrix products a level, of the positions and of the same shifted by the dilation, over (B, T, C)."""
 
-    def __init__(self, matrices: list[Tensor], norms: list[nn.BatchNorm1d]) -> None:
+    def __init__(self, model: cw.ConvWave) -> None:
         super().__init__()
-        self.older = nn.ParameterList(w[:, :, 0].T.contiguous() for w in matrices)
-        self.newer = nn.ParameterList(w[:, :, 1].T.contiguous() for w in matrices)
-        self.norms = nn.ModuleList(norms)
+        weights = [block.conv.weight.detach() for block in model.layers]
+        self.older, self.newer = (nn.ParameterList(w[:, :, j].T.contiguous() for w in weights) for j in range(2))
+        self.norms = torch_norms(model)
+        self.to(model.head.weight).train(model.training)
 
     def forward(self, h: Tensor) -> Tensor:
         B, T, _ = h.shape
@@ -305,29 +306,6 @@ class ShiftedMatmulStack(nn.Module):
             z = shifted.reshape(B * T, -1) @ older + h.reshape(B * T, -1) @ newer
             h = torch.tanh(norm(z)).view(B, T, -1)
         return h
-
-
-def conv1d_stack(
-    model: cw.ConvWave,
-    conv: Callable[..., nn.Module] = nn.Conv1d,
-    pad: Callable[[Tensor, int], Tensor] = lambda h, dilation: repeat_left(h, dilation, 2),
-) -> Conv1dStack:
-    """The levels of a network as nn.Conv1d and nn.BatchNorm1d, or with another library's convolution or padding."""
-    convs: list[nn.Module] = []
-    for block in model.layers:
-        H, C, k = block.conv.weight.shape
-        layer: Any = conv(C, H, k, dilation=block.conv.dilation, bias=False)
-        layer.weight.data.copy_(block.conv.weight)
-        convs.append(layer)
-    weight = model.head.weight
-    return Conv1dStack(convs, torch_norms(model), pad).to(weight.device, weight.dtype).train(model.training)
-
-
-def torch_norms(model: cw.ConvWave) -> list[nn.BatchNorm1d]:
-    norms = [nn.BatchNorm1d(b.norm.num_features, b.norm.eps, b.norm.momentum) for b in model.layers]
-    for norm, block in zip(norms, model.layers, strict=True):
-        norm.load_state_dict({**norm.state_dict(), **block.norm.state_dict()})
-    return norms
 
 
 class Stack:
@@ -345,104 +323,106 @@ class Stack:
     ) -> None:
         generator = torch.Generator().manual_seed(0)
         self.shape, self.positions = (batch, length, channels), batch * length
-        self.dtype, self.training, self.device = dtype, training, device
+        self.dtype, self.training = dtype, training
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
-            self._model = cw.ConvWave(
-                2, channels, channels, levels, unbiased=False, backend="eager", statistics="positions"
-            )
-        for name, statistic in self._model.named_buffers():
+            model = cw.ConvWave(2, channels, channels, levels, unbiased=False, backend="eager", statistics="positions")
+        for name, statistic in model.named_buffers():
             if name.endswith("running_mean"):
                 statistic.normal_(generator=generator).mul_(0.1)
             elif name.endswith("running_var"):
                 statistic.uniform_(0.5, 1.5, generator=generator)
-        self.x = torch.randn(self.shape, generator=generator).to(dtype).to(device)
-        self.gradient = torch.randn(self.shape, generator=generator).to(dtype).to(device)
+        self.x, self.gradient = (torch.randn(self.shape, generator=generator).to(dtype).to(device) for _ in range(2))
+        self._model = copied(model, self.x, training)  # its weights rounded to the task's dtype
         self.graph = cw.dense_graph(cw.pack_ids([[1] * (length - 1)] * batch), levels).to(device)
 
     def expected(self) -> Results:
         """The result in float64, from the same rounded inputs and weights."""
-        return self._convwave("eager", torch.float64).result()
+        return self._convwave(torch.float64).result()
 
-    def model(self, dtype: torch.dtype) -> cw.ConvWave:
-        """The network, its weights rounded to the task's dtype first."""
-        return copy.deepcopy(self._model).to(self.dtype).to(self.device, dtype).train(self.training)
+    def model(self, dtype: torch.dtype, **changes: Any) -> cw.ConvWave:
+        """The network in a dtype, its weights rounded to the task's dtype first."""
+        return copied(self._model, self.x.to(dtype), self.training, **changes)
 
     def matmul(self, name: str = "two shifted matmuls", compile: Compile = False) -> Competitor:
         def make(dtype: torch.dtype = self.dtype, compile: Compile = compile) -> Work:
-            model = self.model(dtype)
-            stack = ShiftedMatmulStack([b.conv.weight.detach() for b in model.layers], torch_norms(model))
-            stack = stack.to(self.device, dtype).train(self.training)
+            stack = ShiftedMatmulStack(self.model(dtype))
 
             def gradients() -> list[Tensor]:
                 return [torch.stack([grad(a).T, grad(b).T], 2) for a, b in zip(stack.older, stack.newer, strict=True)]
 
-            x, gradient = self.x.to(dtype), self.gradient.to(dtype)
-            return self._work(compiled(stack, compile), x, gradient, list(stack.parameters()), gradients, lambda h: h)
+            return self._work(compiled(stack, compile), stack.parameters(), gradients, lambda h: h, dtype)
 
-        def exact() -> Results:
-            return make(torch.float64, False).result()
+        exact = lambda: make(torch.float64, False).result()  # noqa: E731
+        return Competitor(name, make, self.dtype, exact=exact, no_capture=REPLAYS.get(str(compile), ""))
 
-        return Competitor(name, make, self.dtype, exact=exact, replays=compile == MAX_AUTOTUNE)
+    def conv1d(
+        self, name: str = "Conv1d + BatchNorm1d + tanh", compile: Compile = False, deterministic: bool = False
+    ) -> Competitor:
+        """torch.nn's, with cudnn's deterministic algorithms if wanted."""
 
-    def conv1d(self, name: str = "Conv1d + BatchNorm1d + tanh", compile: Compile = False) -> Competitor:
-        make = functools.partial(self._conv1d, lambda: conv1d_stack(self.model(self.dtype)), compile)
-        return Competitor(name, make, self.dtype, replays=compile == MAX_AUTOTUNE)
+        def make() -> Work:
+            work, cudnn = self._conv1d(Conv1dStack(self.model(self.dtype)), compile), torch.backends.cudnn
+
+            def run() -> None:
+                before, cudnn.deterministic = cudnn.deterministic, True
+                try:
+                    work.run()
+                finally:
+                    cudnn.deterministic = before
+
+            return work._replace(run=run) if deterministic else work
+
+        return Competitor(name, make, self.dtype, no_capture=REPLAYS.get(str(compile), ""))
 
     def pytorch_tcn(self) -> Competitor:
         """The causal convolution of the package pytorch-tcn, where it is installed; it pads by itself."""
 
-        def stack() -> Conv1dStack:
+        def make() -> Work:
             try:
                 module = importlib.import_module("pytorch_tcn")
             except ImportError:
                 raise Unavailable("pytorch-tcn is not installed") from None
             conv = functools.partial(module.TemporalConv1d, padding_mode="replicate")
-            return conv1d_stack(self.model(self.dtype), conv, lambda h, dilation: h)
+            return self._conv1d(Conv1dStack(self.model(self.dtype), conv, lambda h, dilation: h))
 
-        return Competitor("pytorch-tcn", functools.partial(self._conv1d, stack), self.dtype)
+        return Competitor("pytorch-tcn", make, self.dtype)
 
-    def _conv1d(self, make: Callable[[], Conv1dStack], compile: Compile = False) -> Work:
-        stack = make()
-        x, gradient = (t.transpose(1, 2).contiguous() for t in (self.x, self.gradient))
-        parameters = list(stack.parameters())
-        weights = [p for p in parameters if p.dim() == 3]
+    def _conv1d(self, stack: Conv1dStack, compile: Compile = False) -> Work:
+        weights = [p for p in stack.parameters() if p.dim() == 3]
         call = compiled(stack, compile)
-        return self._work(call, x, gradient, parameters, lambda: list(map(grad, weights)), lambda h: h.transpose(1, 2))
+        return self._work(call, stack.parameters(), lambda: map(grad, weights), lambda h: h.transpose(1, 2))
 
     def convwave(self, name: str, backend: str = "eager", precision: str = "auto") -> Competitor:
         """This library; `precision` of float32 products is the kernels', "auto" the same as everybody's."""
-        return Competitor(name, lambda: self._convwave(backend, self.dtype, precision), self.dtype)
+        return Competitor(name, lambda: self._convwave(self.dtype, backend, precision), self.dtype)
 
-    def _convwave(self, backend: str, dtype: torch.dtype, precision: str = "auto") -> Work:
+    def _convwave(self, dtype: torch.dtype, backend: str = "eager", precision: str = "auto") -> Work:
         need(backend)
-        model = cw.ConvWave(**self._model.config(), backend=backend, precision=precision)
-        model.load_state_dict(self.model(self.dtype).state_dict())
-        model = model.to(self.device, dtype).train(self.training)
-        parameters = [p for block in model.layers for p in block.parameters()]
-        x, gradient = (t.to(dtype).view(self.positions, -1) for t in (self.x, self.gradient))
-
-        def gradients() -> list[Tensor]:
-            return [grad(block.conv.weight) for block in model.layers]
+        model = self.model(dtype, backend=backend, precision=precision)
 
         def call(h: Tensor) -> Tensor:
-            return model.features(h, self.graph)
+            return model.features(h.view(self.positions, -1), self.graph).view(self.shape)
 
-        return self._work(call, x, gradient, parameters, gradients, lambda h: h.view(self.shape))
+        weights = [block.conv.weight for block in model.layers]
+        parameters = [p for block in model.layers for p in block.parameters()]
+        return self._work(call, parameters, lambda: map(grad, weights), lambda h: h, dtype)
 
     def _work(
         self,
         call: Callable[[Tensor], Tensor],
-        x: Tensor,
-        gradient: Tensor,
-        parameters: Sequence[Tensor],
-        gradients: Callable[[], list[Tensor]],
-        layout: Callable[[Tensor], Tensor],
+        parameters: Iterable[Tensor],
+        gradients: Callable[[], Iterable[Tensor]],
+        layout: Callable[[Tensor], Tensor],  # to (B, T, C) and back
+        dtype: torch.dtype | None = None,
     ) -> Work:
+        x, gradient = (layout(t.to(dtype or self.dtype)).contiguous() for t in (self.x, self.gradient))
         leaf = x.clone().requires_grad_(self.training)
-
-        def all_gradients() -> Results:
-            return {"x": layout(grad(leaf)), **{f"level {i}": g for i, g in enumerate(gradients())}}
-
-        show: Callable[[Tensor], Results] = lambda out: {"h": layout(out)}  # noqa: E731
-        return work_of(lambda: call(leaf), self.training, show, [leaf, *parameters], all_gradients, gradient)
+        return work_of(
+            lambda: call(leaf),
+            self.training,
+            lambda out: {"h": layout(out)},
+            [leaf, *parameters],
+            lambda: {"x": layout(grad(leaf)), **by_level(gradients())},
+            gradient,
+        )

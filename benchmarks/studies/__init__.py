@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import importlib
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -18,24 +18,11 @@ RATE = "positions per second"
 
 
 @dataclass(frozen=True)
-class Plan:
-    """What a study is run with.
+class Plan(Settings):
+    """What a study is run with."""
 
-    Attributes:
-        words: of the vocabulary and the batches.
-        device: "cpu", "cuda", ...
-        quick: small sizes, few samples, nothing compiled.
-        settings: how long each comparison may take.
-    """
-
-    words: Sequence[str]
-    device: str = "cpu"
-    quick: bool = False
-    settings: Settings = field(default_factory=Settings)
-
-    @property
-    def cuda(self) -> bool:
-        return self.device.startswith("cuda")
+    words: Sequence[str] = ()  # of the vocabulary and the batches
+    quick: bool = False  # small sizes, few samples, nothing compiled
 
     @functools.cached_property
     def vocabulary(self) -> cw.Vocabulary:
@@ -65,7 +52,8 @@ class Step(NamedTuple):
     """A part of a study: it is measured, then the file is written."""
 
     point: tuple[str, str | None, float | str | None]  # mode, name of x, x
-    measure: Callable[..., list[Row]]  # of the Point that this stands at
+    measure: Callable[..., list[Row]]  # called with the arguments, then the point that this stands at
+    arguments: tuple[object, ...] = ()
 
 
 class Picture(NamedTuple):
@@ -84,8 +72,9 @@ class Study(NamedTuple):
     name: str
     question: str
     steps: Callable[[Plan], Iterator[Step]]
-    pictures: tuple[Picture, ...]
+    pictures: Sequence[Picture]
 
 
 ORDER = ("names", "context", "width", "train", "sample", "roofline", "ladder", "launches", "breakeven")
-STUDIES: dict[str, Study] = {name: importlib.import_module(f"benchmarks.studies.{name}").STUDY for name in ORDER}
+MODULES = {name: importlib.import_module(f"benchmarks.studies.{name}") for name in ORDER}
+STUDIES = {name: Study(name, module.QUESTION, module.steps, module.PICTURES) for name, module in MODULES.items()}

@@ -18,35 +18,22 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import product
-from typing import NamedTuple
 
 import torch
 
 import convwave as cw
-from benchmarks.harness import Point, Row, compare, numeric_flags
-from benchmarks.studies import Picture, Plan, Step, Study
+from benchmarks.harness import Row, compare, numeric_flags
+from benchmarks.studies import Picture, Plan, Step
 from benchmarks.tasks import Network
 
 STRATEGIES = ("windowed", "dense", "distinct")
+UNITS = {"overhead": "s per level", "element": "s per element", "product": "s per FLOP"}  # of the constants
+Terms = tuple[float, float, float]  # levels + 1, elements, FLOP of a training step; or what each of them costs
 
 
-class Demand(NamedTuple):
-    """What a training step has to do, in the terms of the constants."""
-
-    steps: float
-    elements: float
-    flop: float
-
-
-class Constants(NamedTuple):
-    """Seconds per level, per element, per FLOP."""
-
-    overhead: float
-    element: float
-    product: float
-
-    def seconds(self, demand: Demand) -> float:
-        return self.overhead * demand.steps + self.element * demand.elements + self.product * demand.flop
+def predicted(constants: Terms, demand: Terms) -> float:
+    """Seconds of a step."""
+    return sum(cost * count for cost, count in zip(constants, demand, strict=True))
 
 
 def rows_of(strategy: str, levels: int, packed: cw.Packed) -> list[float]:
@@ -55,8 +42,6 @@ def rows_of(strategy: str, levels: int, packed: cw.Packed) -> list[float]:
         return [len(packed) * 2.0 ** (levels - level) for level in range(levels + 1)]
     if strategy == "dense":
         return [float(len(packed))] * (levels + 1)
-    if strategy != "distinct":
-        raise ValueError(f"strategy: expected one of {', '.join(STRATEGIES)}, got {strategy!r}")
     shares = torch.bincount(packed.targets).double() / len(packed)
     letters = math.exp(float(torch.special.entr(shares).sum()))
     lengths = Counter(packed.cu_seqlens.diff().tolist())
@@ -71,16 +56,12 @@ def _distinct(context: int, lengths: Mapping[int, int], letters: float) -> float
         draws[context] += count * max(length - context, 0)
     total = 0.0
     for free, n in draws.items():
-        log_contexts = free * math.log(max(letters, 1.0))
-        if n and log_contexts > math.log(n) + 12:  # too many for two draws to agree
-            total += n
-        else:
-            contexts = math.exp(min(log_contexts, 700.0))
-            total += contexts * -math.expm1(-n / contexts)
+        contexts = max(letters, 1.0) ** min(free, 100)  # from there on no two draws agree
+        total += contexts * -math.expm1(-n / contexts)
     return total
 
 
-def demand(rows: Sequence[float], n_embd: int, width: int, vocabulary: int) -> Demand:
+def demand(rows: Sequence[float], n_embd: int, width: int, vocabulary: int) -> Terms:
     """What a training step of pairwise levels on these rows has to do."""
     channels = [n_embd, *[width] * (len(rows) - 1)]
     elements = rows[0] * n_embd + rows[-1] * vocabulary
@@ -89,20 +70,19 @@ def demand(rows: Sequence[float], n_embd: int, width: int, vocabulary: int) -> D
         elements += above * (2 * C + H)
         shared = below * 2 < above and 2 * C >= H  # multiply first, gather after
         flop += 12.0 * (below if shared else above) * C * H
-    return Demand(len(rows), elements, flop)
+    return len(rows), elements, flop
 
 
-def fit(demands: Sequence[Demand], seconds: Sequence[float]) -> Constants:
+def fit(demands: Sequence[Terms], seconds: Sequence[float]) -> Terms:
     """Constants >= 0 with the smallest squared relative errors."""
-    chosen = list(range(3))
     matrix = torch.tensor(demands, dtype=torch.float64) / torch.tensor(seconds, dtype=torch.float64)[:, None]
-    ones = torch.ones(len(demands), 1, dtype=torch.float64)
-    while True:
-        found = torch.linalg.lstsq(matrix[:, chosen], ones, driver="gelsd").solution[:, 0].tolist()
-        values = dict(zip(chosen, found, strict=True))
-        if min(found) >= 0:
-            return Constants(*(values.get(i, 0.0) for i in range(3)))
-        chosen = [i for i in chosen if values[i] >= 0]
+    ones = torch.ones(len(demands), dtype=torch.float64)
+    used, found = torch.arange(3), torch.full((3,), -1.0)
+    while found.min() < 0:
+        found = torch.linalg.lstsq(matrix[:, used], ones, driver="gelsd").solution
+        used = used[found >= 0]
+    values = dict(zip(used.tolist(), found.tolist(), strict=True))
+    return values.get(0, 0.0), values.get(1, 0.0), values.get(2, 0.0)
 
 
 def text(plan: Plan, kind: str, size: int) -> cw.Packed:
@@ -116,7 +96,7 @@ def text(plan: Plan, kind: str, size: int) -> cw.Packed:
 
 def steps(plan: Plan) -> Iterator[Step]:
     """The constants, then how often the prediction is right and what it costs where it is wrong."""
-    constants: list[Constants] = []
+    constants: list[Terms] = []
     yield Step(("calibration", "scenario", None), functools.partial(_calibrate, plan, constants))
     texts = [("names", 32), ("names", 2048), ("document", 256), ("document", 8192), ("syllables", 64)]
     grid = list(product([*texts, ("syllables", 2048)], (1, 3, 5), (16, 128)))
@@ -125,16 +105,16 @@ def steps(plan: Plan) -> Iterator[Step]:
         (kind, size), levels, width = grid[i]  # drawn, so that a run cut short has seen some of each kind
         name = f"{kind}, {size:,}, context {2**levels}, width {width}"
         packed = functools.partial(text, plan, kind, size)
-        yield Step(("train", "scenario", name), functools.partial(_measure, plan, constants, packed, levels, width))
+        yield Step(("train", "scenario", name), _measure, (plan, constants, packed, levels, width))
 
 
-def _calibrate(plan: Plan, constants: list[Constants], point: Point) -> list[Row]:
+def _calibrate(plan: Plan, constants: list[Terms], point: Row) -> list[Row]:
     """Dense steps of other sizes than the scenarios', from tiny (overhead) to wide (products); none when cut short."""
     shapes = [(64, 16, 2), (64, 16, 4), (4000, 16, 4), (1000, 64, 2), (4000, 64, 3), (1000, 256, 2)]
     rows, demands, seconds = [], [], []
     for positions, width, levels in shapes[:4] if plan.quick else shapes:
         task = Network(plan.document(positions), plan.network(n_hidden=width, levels=levels), True, plan.device)
-        here = point._replace(x=f"{positions:,} positions, context {2**levels}, width {width}")
+        here = replace(point, x=f"{positions:,} positions, context {2**levels}, width {width}")
         found = _compare(plan, task, here, ("dense",))
         rows += found
         if found[0].median is None:
@@ -142,13 +122,13 @@ def _calibrate(plan: Plan, constants: list[Constants], point: Point) -> list[Row
         seconds.append(found[0].median)
         demands.append(demand(rows_of("dense", levels, task.packed), 10, width, len(plan.vocabulary)))
     constants.append(fit(demands, seconds))
-    for name, unit in (("overhead", "s per level"), ("element", "s per element"), ("product", "s per FLOP")):
-        rows.append(point.row("prediction", name, unit, median=getattr(constants[0], name), n=len(demands)))
+    for (name, unit), value in zip(UNITS.items(), constants[0], strict=True):
+        rows.append(point.row("prediction", name, unit, median=value, n=len(demands)))
     return rows
 
 
 def _measure(
-    plan: Plan, constants: list[Constants], make: functools.partial[cw.Packed], levels: int, width: int, point: Point
+    plan: Plan, constants: list[Terms], make: functools.partial[cw.Packed], levels: int, width: int, point: Row
 ) -> list[Row]:
     if not constants:
         return [point.absent("prediction", "the constants were not measured", "right")]
@@ -156,30 +136,24 @@ def _measure(
     task = Network(packed, plan.network(n_hidden=width, levels=levels), True, plan.device)
     rows = _compare(plan, task, point, STRATEGIES)
     measured = {row.provider: row.median for row in rows if row.metric == "seconds" and row.median}
-    predicted = {
-        name: constants[0].seconds(demand(rows_of(name, levels, packed), 10, width, len(plan.vocabulary)))
-        for name in STRATEGIES
-    }
-    rows += [point.row(name, "predicted_seconds", "s", median=value, n=1) for name, value in predicted.items()]
+    demands = {name: demand(rows_of(name, levels, packed), 10, width, len(plan.vocabulary)) for name in STRATEGIES}
+    guess = {name: predicted(constants[0], terms) for name, terms in demands.items()}
+    rows += [point.row(name, "predicted_seconds", "s", median=value) for name, value in guess.items()]
     if len(measured) < len(STRATEGIES):
         return [*rows, point.absent("prediction", "not every strategy was measured", "right")]
-    chosen, best = (min(STRATEGIES, key=seconds.__getitem__) for seconds in (predicted, measured))
+    chosen, best = (min(STRATEGIES, key=seconds.__getitem__) for seconds in (guess, measured))
     note = f"predicted {chosen}, fastest {best}"
     regret = measured[chosen] / measured[best] - 1
-    rows.append(point.row("prediction", "right", "", median=float(chosen == best), n=1, note=note))
-    return [*rows, point.row("prediction", "regret", "of the fastest", median=regret, n=1, note=note)]
+    rows.append(point.row("prediction", "right", "", median=float(chosen == best), note=note))
+    return [*rows, point.row("prediction", "regret", "of the fastest", median=regret, note=note)]
 
 
-def _compare(plan: Plan, task: Network, point: Point, strategies: Sequence[str]) -> list[Row]:
-    short = replace(plan.settings, seconds=min(plan.settings.seconds, 2.0))
+def _compare(plan: Plan, task: Network, point: Row, strategies: Sequence[str]) -> list[Row]:
+    short = replace(plan, seconds=min(plan.seconds, 2.0))
     competitors = [task.convolution(kind) for kind in strategies]
     with numeric_flags():
         return compare(competitors, task.expected(), point, short, positions=task.positions, memory=False)
 
 
-STUDY = Study(
-    "breakeven",
-    "Can context, word lengths and width tell beforehand which graph wins?",
-    steps,
-    (Picture("Time lost by the predicted choice", "regret", "train", "of the fastest", "bars"),),
-)
+QUESTION = "Can context, word lengths and width tell beforehand which graph wins?"
+PICTURES = (Picture("Time lost by the predicted choice", "regret", "train", "of the fastest", "bars"),)

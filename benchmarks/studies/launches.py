@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Iterator
 
-from benchmarks.harness import Point, Row, Unavailable, kernel_launches, operators
-from benchmarks.studies import MODES, Picture, Plan, Step, Study
+from benchmarks.harness import Row, Unavailable, kernel_launches, operators
+from benchmarks.studies import MODES, Picture, Plan, Step
 from benchmarks.studies.names import triton
 from benchmarks.tasks import Network
 
 
 def steps(plan: Plan) -> Iterator[Step]:
-    for mode in MODES:
-        yield Step((mode, None, None), functools.partial(_measure, plan, MODES[mode]))
+    for mode, training in MODES.items():
+        yield Step((mode, None, None), _measure, (plan, training))
 
 
-def _measure(plan: Plan, training: bool, point: Point) -> list[Row]:
+def _measure(plan: Plan, training: bool, point: Row) -> list[Row]:
     task = Network(plan.names(128), plan.network(), training, plan.device)
     competitors = [task.windowed(), task.convolution("dense"), task.convolution("distinct")]
     if plan.cuda:
@@ -25,21 +24,15 @@ def _measure(plan: Plan, training: bool, point: Point) -> list[Row]:
     for competitor in competitors:
         try:
             run = competitor.make().run
+            count, unit = (len(kernel_launches(run, 1)), "kernels") if plan.cuda else (operators(run), "operators")
+            rows.append(point.row(competitor.provider, "launches", unit, median=float(count)))
         except Unavailable as reason:
-            rows.append(point.absent(competitor.provider, str(reason), "launches"))
-            continue
-        count = len(kernel_launches(run, 1)) if plan.cuda else operators(run)
-        unit = "kernels" if plan.cuda else "operators"
-        rows.append(point.row(competitor.provider, "launches", unit, median=float(count), n=1))
+            rows.append(point.absent(competitor.provider, reason, "launches"))
     return rows
 
 
-STUDY = Study(
-    "launches",
-    "How many kernels does one step start?",
-    steps,
-    (
-        Picture("Training step", "launches", "train", "kernels (CPU: operators)", "bars"),
-        Picture("Evaluation", "launches", "eval", "kernels (CPU: operators)", "bars"),
-    ),
+QUESTION = "How many kernels does one step start?"
+PICTURES = (
+    Picture("Training step", "launches", "train", "kernels (CPU: operators)", "bars"),
+    Picture("Evaluation", "launches", "eval", "kernels (CPU: operators)", "bars"),
 )

@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Iterator
 
-from benchmarks.harness import Competitor, Point, Row, compare, numeric_flags
-from benchmarks.studies import MODES, RATE, Picture, Plan, Step, Study
+from benchmarks.harness import Competitor, Row, compare, numeric_flags
+from benchmarks.studies import MODES, RATE, Picture, Plan, Step
 from benchmarks.tasks import MAX_AUTOTUNE, Network
 
 
 def steps(plan: Plan) -> Iterator[Step]:
     for count in (128,) if plan.quick else (512, 4096):
-        for mode in MODES:
-            yield Step((mode, "names", count), functools.partial(_measure, plan, count, MODES[mode]))
+        for mode, training in MODES.items():
+            yield Step((mode, "names", count), _measure, (plan, count, training))
 
 
-def _measure(plan: Plan, count: int, training: bool, point: Point) -> list[Row]:
+def _measure(plan: Plan, count: int, training: bool, point: Row) -> list[Row]:
     task = Network(plan.names(count), plan.network(), training, plan.device)
     competitors = [
         task.windowed(),
@@ -43,19 +42,13 @@ def triton(plan: Plan, task: Network, kinds: tuple[str, ...] = ("dense", "distin
     return [task.convolution(kind, f"{kind}, triton", backend="triton") for kind in kinds if plan.cuda]
 
 
-def rows(task: Network, competitors: list[Competitor], point: Point, plan: Plan) -> list[Row]:
+def rows(task: Network, competitors: list[Competitor], point: Row, plan: Plan) -> list[Row]:
     with numeric_flags():
-        return compare(
-            competitors, task.expected(), point, plan.settings, positions=task.positions, baseline="windowed MLP"
-        )
+        return compare(competitors, task.expected(), point, plan, positions=task.positions, baseline="windowed MLP")
 
 
-STUDY = Study(
-    "names",
-    "Names at the post's size: which way of evaluating the network is fastest?",
-    steps,
-    (
-        Picture("Training step", "positions_per_second", "train", RATE, "bars"),
-        Picture("Evaluation", "positions_per_second", "eval", RATE, "bars"),
-    ),
+QUESTION = "Names at the post's size: which way of evaluating the network is fastest?"
+PICTURES = (
+    Picture("Training step", "positions_per_second", "train", RATE, "bars"),
+    Picture("Evaluation", "positions_per_second", "eval", RATE, "bars"),
 )

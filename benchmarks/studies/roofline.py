@@ -8,25 +8,16 @@ stayed in a cache, whose bandwidth is not the ceiling that was measured.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 from typing import NamedTuple
 
 import torch
 
-from benchmarks.harness import (
-    Competitor,
-    Point,
-    Row,
-    Unavailable,
-    Work,
-    compare,
-    kernel_launches,
-    numeric_flags,
-    statistics,
-)
-from benchmarks.studies import Picture, Plan, Step, Study
+from benchmarks import harness
+from benchmarks.harness import Competitor, Row, Unavailable, Work, compare, numeric_flags
+from benchmarks.studies import Picture, Plan, Step
 from benchmarks.tasks import Stack
 
 
@@ -84,10 +75,10 @@ def kernels(rows: int, channels: int, width: int, taps: int, itemsize: int, sepa
 def steps(plan: Plan) -> Iterator[Step]:
     for precision in ("float32", "tf32", "bfloat16") if plan.cuda else ("float32",):
         for channels in (32,) if plan.quick else (128, 512):
-            yield Step((precision, "channels", channels), functools.partial(_measure, plan, channels, precision))
+            yield Step((precision, "channels", channels), _measure, (plan, channels, precision))
 
 
-def _measure(plan: Plan, channels: int, precision: str, point: Point) -> list[Row]:
+def _measure(plan: Plan, channels: int, precision: str, point: Row) -> list[Row]:
     batch, length = (128, 1024) if plan.cuda else (8, 64) if plan.quick else (64, 512)
     size, megabytes = (8192, 1024) if plan.cuda else (256, 16) if plan.quick else (1024, 256)
     with numeric_flags(precision) as dtype:
@@ -101,48 +92,42 @@ def _measure(plan: Plan, channels: int, precision: str, point: Point) -> list[Ro
             items.append((train.convwave(f"level, train, {backend}", backend), level_train(*shape), train))
             items.append((evaluate.convwave(f"level, eval, {backend}", backend), level_eval(*shape), evaluate))
         items.append((evaluate.matmul("level, eval, two shifted matmuls"), level_eval(*shape), evaluate))
-        ceilings = [
-            _ceiling("copy", lambda: target.copy_(source)),
-            _ceiling("product", lambda: torch.mm(left, right, out=out)),
-        ]
+        work = {"copy": lambda: target.copy_(source), "product": lambda: torch.mm(left, right, out=out)}
+        ceilings = [Competitor(name, partial(Work, run, dict), expected={}, group=name) for name, run in work.items()]
         competitors = [replace(c, expected=task.expected(), group=c.provider) for c, _, task in items]
-        rows = compare([*ceilings, *competitors], {}, point, plan.settings, memory=False)
+        rows = compare([*ceilings, *competitors], {}, point, plan, memory=False)
         seconds = {row.provider: row.median for row in rows if row.metric == "seconds" and row.median}
         bandwidth, rate = 8.0 * source.numel() / seconds["copy"], 2.0 * size**3 / seconds["product"]
-        rows.append(point.row("copy", "bandwidth", "B/s", median=bandwidth, n=1, note=f"{megabytes} MiB"))
-        rows.append(point.row("product", "rate", "FLOP/s", median=rate, n=1, note=f"{size} x {size} x {size}"))
-        limits = functools.partial(_limits, point, bandwidth, rate)
+        rows.append(point.row("copy", "bandwidth", "B/s", median=bandwidth, note=f"{megabytes} MiB"))
+        rows.append(point.row("product", "rate", "FLOP/s", median=rate, note=f"{size} x {size} x {size}"))
+        limits = partial(_limits, point, bandwidth, rate)
         for competitor, cost, _ in items:
             if competitor.provider in seconds:
                 rows += limits(competitor.provider, seconds[competitor.provider], cost)
         return rows + (_kernel_limits(point, train, limits, shape) if plan.cuda else [])
 
 
-def _ceiling(name: str, run: Callable[[], object]) -> Competitor:
-    return Competitor(name, lambda: Work(run, dict), expected={}, group=name)
-
-
 def _limits(
-    point: Point, bandwidth: float, rate: float, provider: str, seconds: float, cost: Cost, note: str = ""
+    point: Row, bandwidth: float, rate: float, provider: str, seconds: float, cost: Cost, note: str = ""
 ) -> list[Row]:
     limit = cost.limit(bandwidth, rate)
     by = "set by " + ("bytes" if cost.bytes / bandwidth >= cost.flop / rate else "FLOP")
     return [
-        point.row(provider, "bytes", "B", median=cost.bytes, n=1, note="counted"),
-        point.row(provider, "flop", "FLOP", median=cost.flop, n=1, note="counted"),
-        point.row(provider, "limit_seconds", "s", median=limit, n=1, note=by),
-        point.row(provider, "fraction", "of limit", median=limit / seconds, n=1, note=note or by),
+        point.row(provider, "bytes", "B", median=cost.bytes, note="counted"),
+        point.row(provider, "flop", "FLOP", median=cost.flop, note="counted"),
+        point.row(provider, "limit_seconds", "s", median=limit, note=by),
+        point.row(provider, "fraction", "of limit", median=limit / seconds, note=note or by),
     ]
 
 
 def _kernel_limits(
-    point: Point, task: Stack, limits: Callable[..., list[Row]], shape: tuple[int, int, int, int, int]
+    point: Row, task: Stack, limits: Callable[..., list[Row]], shape: tuple[int, int, int, int, int]
 ) -> list[Row]:
     """The library's kernels one by one, as the profiler times them within a training step."""
     try:
-        launched = kernel_launches(task.convwave("triton", "triton").make().run, 20)
+        launched = harness.kernel_launches(task.convwave("triton", "triton").make().run, 20)
     except Unavailable as reason:
-        return [point.absent("kernels", str(reason))]
+        return [point.absent("kernels", reason)]
     rows = []
     separate = any("conv_weight_kernel" in kernel for kernel, _ in launched)
     for name, cost in kernels(*shape, separate).items():
@@ -150,14 +135,10 @@ def _kernel_limits(
         if not launches:
             rows.append(point.absent(name, "no kernel of this name ran"))
             continue
-        row = point.row(name, "kernel_seconds", "s", **statistics(launches))
+        row = point.row(name, "kernel_seconds", "s", **harness.statistics(launches))
         rows += [row, *limits(name, float(row.median or 0), cost, "one launch")]
     return rows
 
 
-STUDY = Study(
-    "roofline",
-    "How close to the hardware's limit is each piece of work?",
-    steps,
-    (Picture("Fraction of the limit, float32", "fraction", "float32", "limit / time", "bars"),),
-)
+QUESTION = "How close to the hardware's limit is each piece of work?"
+PICTURES = (Picture("Fraction of the limit, float32", "fraction", "float32", "limit / time", "bars"),)

@@ -2,34 +2,32 @@
 
 from __future__ import annotations
 
-import copy
-import functools
 from collections.abc import Callable, Iterator
+from functools import partial
 
 import torch
 from torch import Tensor
 
 import convwave as cw
-from benchmarks.harness import Competitor, Point, Results, Row, Work, compare, numeric_flags
-from benchmarks.studies import Picture, Plan, Step, Study
+from benchmarks.harness import Competitor, Results, Row, Work, compare, numeric_flags
+from benchmarks.studies import Picture, Plan, Step
 from benchmarks.tasks import Network, compiled
 
+Reader = Callable[[cw.ConvWave, Tensor], Callable[[], Tensor]]
 CHARACTERS = 16  # that every sequence reads and continues
 
 
 def steps(plan: Plan) -> Iterator[Step]:
     for batch in (1, 32) if plan.quick else (1024, 1, 32, 8192):
-        yield Step(("eval", "sequences", batch), functools.partial(_measure, plan, batch))
+        yield Step(("eval", "sequences", batch), _measure, (plan, batch))
 
 
-def _measure(plan: Plan, batch: int, point: Point) -> list[Row]:
+def _measure(plan: Plan, batch: int, point: Row) -> list[Row]:
     competitors, expected = generation(plan, batch)
     if plan.quick or batch not in (1, 1024):
         competitors.pop()
     with numeric_flags():
-        return compare(
-            competitors, expected, point, plan.settings, positions=batch * CHARACTERS, baseline="windowed MLP"
-        )
+        return compare(competitors, expected, point, plan, positions=batch * CHARACTERS, baseline="windowed MLP")
 
 
 def generation(plan: Plan, batch: int) -> tuple[list[Competitor], Results]:
@@ -39,19 +37,19 @@ def generation(plan: Plan, batch: int) -> tuple[list[Competitor], Results]:
     letters = torch.randint(1, len(plan.vocabulary), (batch, CHARACTERS), generator=generator)
     letters[:, 0] = 0
     exact = Network(cw.pack_ids(letters[:, 1:].tolist()), model, False, plan.device).expected()["logits"]
-    tokens = letters.to(plan.device)
-    readers: dict[str, Callable[[], Callable[[], Tensor]]] = {
-        "windowed MLP": lambda: _windowed(model, tokens, False),
-        "dense, no cache": lambda: _dense(model, tokens),
-        "cached": lambda: _cached(model, tokens),
-        "windowed MLP, compiled": lambda: _windowed(model, tokens, True),
+    tokens, model = letters.to(plan.device), model.to(plan.device)
+    readers: dict[str, Reader] = {
+        "windowed MLP": partial(_windowed, compile=False),
+        "dense, no cache": _dense,
+        "cached": _cached,
+        "windowed MLP, compiled": partial(_windowed, compile=True),
     }
 
-    def make(reader: Callable[[], Callable[[], Tensor]]) -> Work:
-        read = torch.no_grad()(reader())
+    def make(reader: Reader) -> Work:
+        read = torch.no_grad()(reader(model, tokens))
         return Work(read, lambda: {"logits": read()})
 
-    competitors = [Competitor(name, functools.partial(make, reader)) for name, reader in readers.items()]
+    competitors = [Competitor(name, partial(make, reader)) for name, reader in readers.items()]
     return competitors, {"logits": exact.view(batch, CHARACTERS, -1)[:, -1]}
 
 
@@ -63,7 +61,6 @@ def _windowed(model: cw.ConvWave, tokens: Tensor, compile: bool) -> Callable[[],
 
 
 def _cached(model: cw.ConvWave, tokens: Tensor) -> Callable[[], Tensor]:
-    model = copy.deepcopy(model).to(tokens.device)
     columns = list(tokens.T)
 
     def read() -> Tensor:
@@ -75,7 +72,6 @@ def _cached(model: cw.ConvWave, tokens: Tensor) -> Callable[[], Tensor]:
 
 def _dense(model: cw.ConvWave, tokens: Tensor) -> Callable[[], Tensor]:
     """All that was read up to then, again for every letter."""
-    model = copy.deepcopy(model).to(tokens.device)
     texts = [cw.pack_ids(tokens[:, 1 : t + 1].tolist()) for t in range(tokens.shape[1])]
     graphs = [cw.dense_graph(packed, factors=model.factors).to(tokens.device) for packed in texts]
 
@@ -87,9 +83,5 @@ def _dense(model: cw.ConvWave, tokens: Tensor) -> Callable[[], Tensor]:
     return read
 
 
-STUDY = Study(
-    "sample",
-    "Generation: what does the cache save?",
-    steps,
-    (Picture("Reading letter by letter", "positions_per_second", "eval", "characters per second"),),
-)
+QUESTION = "Generation: what does the cache save?"
+PICTURES = (Picture("Reading letter by letter", "positions_per_second", "eval", "characters per second"),)

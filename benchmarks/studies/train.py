@@ -2,24 +2,23 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Iterator
 from dataclasses import replace
 
 import torch
 
-from benchmarks.harness import Competitor, Point, Row, Work
-from benchmarks.studies import RATE, Picture, Plan, Step, Study
+from benchmarks.harness import Competitor, Row, Work
+from benchmarks.studies import RATE, Picture, Plan, Step
 from benchmarks.studies.names import rows, triton
 from benchmarks.tasks import Network
 
 
 def steps(plan: Plan) -> Iterator[Step]:
     for count in (32, 128) if plan.quick else (512, 32, 2048, 128, 8192):
-        yield Step(("step", "names", count), functools.partial(_measure, plan, count))
+        yield Step(("step", "names", count), _measure, (plan, count))
 
 
-def _measure(plan: Plan, count: int, point: Point) -> list[Row]:
+def _measure(plan: Plan, count: int, point: Row) -> list[Row]:
     task = Network(plan.names(count), plan.network(), True, plan.device)
     competitors = [
         task.windowed(),
@@ -47,9 +46,5 @@ def _with_sgd(competitor: Competitor) -> Competitor:
     return replace(competitor, make=make)
 
 
-STUDY = Study(
-    "train",
-    "A whole training step, update included: which graph for which batch of names?",
-    steps,
-    (Picture("Training step", "positions_per_second", "step", RATE),),
-)
+QUESTION = "A whole training step, update included: which graph for which batch of names?"
+PICTURES = (Picture("Training step", "positions_per_second", "step", RATE),)
