@@ -857,7 +857,8 @@ def _run_verify() -> int:
     model = cw.ConvWave(len(cw.Vocabulary.from_words(words)), 10, [20, 24, 27])
     with torch.no_grad():  # no parameter and no running statistic at its neutral value
         for tensor in model.state_dict().values():
-            tensor.add_(0.2 * torch.rand_like(tensor))
+            if tensor.is_floating_point():
+                tensor.add_(0.2 * torch.rand_like(tensor))
     try:
         for check in verify(model, cw.split_words(words[:300]), cw.Vocabulary.from_words(words), trajectory_steps=20):
             if not check.passed:
