@@ -13,7 +13,7 @@ from convwave import cli
 from convwave.files import read_tensors, write_tensors
 from convwave.infer import generate
 from convwave.runs.folder import MODEL_FILE, STATE_FILE, STATE_FORMAT
-from convwave.runs.registry import newest_model
+from convwave.runs.registry import newest_run
 from convwave.train.config import Config, Interrupted
 from convwave.train.loop import train
 from tests.test_training import StopAfter
@@ -40,9 +40,9 @@ def test_seconds_of_all_parts_of_a_run_are_added_up(tier: str, few: cw.Words, tm
     assert json.loads((tmp_path / "result.json").read_text())["train_seconds"] == pytest.approx(result.seconds, abs=0.1)
 
 
-def test_the_newest_model_is_the_one_written_last(tmp_path: Path) -> None:
+def test_the_newest_run_is_the_one_written_last(tmp_path: Path) -> None:
     """Not the last by name, by folder or by depth."""
-    assert newest_model(tmp_path) is None
+    assert newest_run(tmp_path) is None
     ages = {"a": 500, "b/deep/er": 300, "c": 900, "d": 100, "z": 700}
     for name, age in ages.items():
         file = tmp_path / name / MODEL_FILE
@@ -53,9 +53,9 @@ def test_the_newest_model_is_the_one_written_last(tmp_path: Path) -> None:
     (tmp_path / "new").mkdir()
     (tmp_path / "new" / "other.safetensors").write_bytes(b"")
     for name in sorted(ages, key=lambda name: ages[name]):
-        assert newest_model(tmp_path) == tmp_path / name / MODEL_FILE
+        assert newest_run(tmp_path) == tmp_path / name
         (tmp_path / name / MODEL_FILE).unlink()
-    assert newest_model(tmp_path) is None
+    assert newest_run(tmp_path) is None
 
 
 def test_names_are_marked_by_the_split_that_holds_them(few: cw.Words, tmp_path: Path, capsys, monkeypatch) -> None:

@@ -83,7 +83,7 @@ class Config:
         """
         if model not in MODELS:
             raise UsageError(f"model: expected one of {', '.join(MODELS)}, got {model!r}")
-        device = device or "cpu"
+        device = "cpu" if device is None else device
         try:
             chosen = named(recipe or ("fast" if model == "convwave" else "blog"))
             if model in PUBLISHED and (chosen.optimizer, chosen.batch_of) != ("sgd", "windows"):

@@ -463,7 +463,8 @@ def _interruptible() -> Iterator[Callable[[], bool]]:
             raise KeyboardInterrupt
         seen = True
 
-    if threading.current_thread() is not threading.main_thread():
+    ignored = signal.getsignal(signal.SIGINT) is signal.SIG_IGN  # by nohup, or a shell's background job
+    if ignored or threading.current_thread() is not threading.main_thread():
         yield lambda: False
         return
     previous = signal.signal(signal.SIGINT, handle)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 import tomllib
 from collections.abc import Mapping
@@ -85,8 +84,9 @@ _KINDS = {field.name: str(field.type) for field in fields(Recipe)}
 _CHOICES = {"optimizer": OPTIMIZERS, "batch_of": BATCHES}
 # smallest value, and where there is one the bound that it must stay below
 _RANGES: dict[str, tuple[float, float]] = {
-    **dict.fromkeys(("steps", "batch", "growth", "orthogonal_steps", "n_embd", "n_hidden", "levels"), (1, math.inf)),
-    **dict.fromkeys(("lr", "adam_lr", "weight_decay", "context_power"), (0, math.inf)),
+    **dict.fromkeys(("steps", "batch", "n_embd", "n_hidden", "levels"), (1, 2**31)),
+    **dict.fromkeys(("growth", "orthogonal_steps"), (1, 1000)),
+    **dict.fromkeys(("lr", "adam_lr", "weight_decay", "context_power"), (0, 1e6)),
     **dict.fromkeys(("adam_beta", "momentum", "warmup", "token_noise"), (0, 1)),
 }
 
@@ -99,8 +99,7 @@ def _checked(name: str, value: Any) -> Any:
         if isinstance(value, bool) or not isinstance(value, int if whole else int | float):
             raise ValueError(f"{name}: expected {'a whole number' if whole else 'a number'}, got {value!r}")
         if not low <= value < high:
-            below = f"below {high:g}" if high < math.inf else "finite"
-            raise ValueError(f"{name}: expected at least {low:g} and {below}, got {value}")
+            raise ValueError(f"{name}: expected at least {low:g} and below {high:g}, got {value}")
         return value if whole else float(value)
     if name in _CHOICES and value not in _CHOICES[name]:
         raise ValueError(f"{name}: expected one of {', '.join(_CHOICES[name])}, got {value!r}")
