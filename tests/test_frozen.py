@@ -22,6 +22,7 @@ from convwave.train.config import Config
 from convwave.train.loop import begin
 from convwave.train.optim import ADAM_BETA2, Muon, make_optimizers, orthogonalize
 from convwave.train.recipes import FAST, RECIPES, SPRINT, vary
+from convwave.train.setup import convolution
 from tests.helpers import relative_error
 
 
@@ -308,3 +309,17 @@ def test_the_first_losses_are_what_they_always_were(recipe: str, tier: str, corp
     run = begin(config, corpus.train, corpus.vocabulary)
     losses = [run.step(i) for i in range(5)]
     assert losses == pytest.approx(FIRST_LOSSES[recipe], abs=1e-3)
+
+
+def test_a_plan_has_what_the_recipe_says() -> None:
+    words = cw.data.bundled_words()
+    corpus = cw.data.packing.Corpus(words._replace(words=words.words[:100]))
+    for recipe in RECIPES.values():
+        if recipe.batch_of != "windows":
+            _, reader = convolution(Config.make("convwave", recipe), corpus.train, corpus.vocabulary)
+            plan = reader.plan
+            assert (plan.token_noise, plan.growth, plan.context_power) == (
+                recipe.token_noise,
+                recipe.growth,
+                recipe.context_power,
+            )

@@ -537,6 +537,7 @@ def test_auto_is_what_torch_was_set_to(setting: str, expected: str) -> None:
     matmul, everything = torch.backends.cuda.matmul, torch.backends
     before = matmul.fp32_precision, everything.fp32_precision
     try:
+        matmul.fp32_precision = everything.fp32_precision = "none"  # as in a new process
         exec(f"torch.{setting}")
         assert stack.resolve_precision("auto", torch.float32) == expected
     finally:

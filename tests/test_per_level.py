@@ -171,3 +171,11 @@ def test_one_level_by_itself_obeys_its_momentum_and_eps() -> None:
         assert relative_error(norm(z, counts), (z - rows.mean(0)) * scale + norm.bias) < RELATIVE
         assert relative_error(norm.running_mean, mean + momentum * (rows.mean(0) - mean)) < RELATIVE
         assert relative_error(norm.running_var, var + momentum * (rows.var(0) - var)) < RELATIVE
+
+
+def test_a_network_hands_each_level_its_own_options() -> None:
+    net = cw.ConvWave(5, eps=[1e-3, 1e-4, 1e-5], momentum=[0.1, 0.2, 0.3], unbiased=[True, False, True])
+    norms = [block.norm for block in net.layers]
+    assert [norm.eps for norm in norms] == [1e-3, 1e-4, 1e-5]
+    assert [norm.momentum for norm in norms] == [0.1, 0.2, 0.3]
+    assert [norm.unbiased for norm in norms] == [True, False, True]

@@ -47,11 +47,6 @@ class Tape(NamedTuple):
     z: list[Tensor]
 
 
-def _reads_zeros(i: int, taps: Tensor) -> bool:
-    """Whether taps of level i may be -1; on a GPU the bottom's are taken to be, since looking would wait for it."""
-    return i == 0 and (taps.is_cuda or bool((taps < 0).any()))
-
-
 def _multiplies_first(x: Tensor, weight: Tensor, taps: Tensor) -> bool:
     """Whether to multiply each row below once, then gather and add: few rows below many, as in a distinct graph."""
     H, C, k = weight.shape
@@ -167,7 +162,7 @@ def forward(x: Tensor, levels: Sequence[Level], rows: Sequence[Rows], keep_z: bo
     """
     tape = Tape([], [], [], [], [])
     for i, (level, row) in enumerate(zip(levels, rows, strict=True)):
-        z, read = _conv(x, level.weight.to(x.dtype), row.taps, None, _reads_zeros(i, row.taps))
+        z, read = _conv(x, level.weight.to(x.dtype), row.taps, None, i == 0)
         if level.of_rows:
             stats, deviation = row_stats(z, level, row)
         else:
@@ -187,7 +182,7 @@ def inference(x: Tensor, levels: Sequence[Level], rows: Sequence[Rows]) -> Tenso
     """`naive.stack` in evaluation mode without gradients: BatchNorm folded into the convolution."""
     for i, (level, row) in enumerate(zip(levels, rows, strict=True)):
         weight, shift = folded(level)
-        z = conv(x, weight.to(x.dtype), row.taps, shift.to(x.dtype), zeros=_reads_zeros(i, row.taps))
+        z = conv(x, weight.to(x.dtype), row.taps, shift.to(x.dtype), zeros=i == 0)
         x = level.activation.value(wide(z)).to(z.dtype)
     return x
 
@@ -228,7 +223,7 @@ def backward(
             g = g.sub_(correction if w is None else correction.mul_(w))
         dz = g.mul_(s.scale).to(x.dtype)
         below = tape.h[i - 1].to(x.dtype) if i else x
-        zeros, weight = _reads_zeros(i, taps), level.weight.to(x.dtype)
+        zeros, weight = i == 0, level.weight.to(x.dtype)
         down, dweight = _conv_backward(dz, below, tape.read[i], weight, taps, zeros, i > 0 or needs_dx)
         if down is not None:
             dh = down
@@ -263,7 +258,7 @@ def stack_backward(
     tape, below = Tape([], [], list(stats), [], []), x
     for i, (level, z, (mean, _, scale, _, _)) in enumerate(zip(levels, zs, stats, strict=True)):
         taps = rows[i].taps
-        if _reads_zeros(i, taps):
+        if i == 0:
             below, taps = _with_zeros(below, taps)
         tape.read.append(None if _multiplies_first(below, level.weight, taps) else _joined(below, taps))
         tape.deviation.append(wide(z) - mean)

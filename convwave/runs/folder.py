@@ -145,7 +145,7 @@ class Folder:
         """The saved state; raises CheckpointError where there is none that can be used."""
         tensors, metadata = read_tensors(self.state, STATE_FORMAT)
         for name, tensor in tensors.items():
-            if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
+            if tensor.is_floating_point() and (tensor.element_size() == 1 or not bool(tensor.isfinite().all())):
                 raise CheckpointError(f"{self.state}: {name} is not finite: there is nothing to continue from")
         try:
             losses = [float(loss) for loss in tensors.pop("losses").tolist()]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypedDict, Unpack
 
 from convwave.train.recipes import BLOG, PUBLISHED, Recipe, named
 from convwave.train.tiers import choose_tier
@@ -27,6 +27,14 @@ class Diverged(RuntimeError):
 
 class Interrupted(RuntimeError):
     """The user asked to stop; the state is saved."""
+
+
+class Sizes(TypedDict, total=False):
+    """Of the network, where they are not the recipe's."""
+
+    n_embd: int | None
+    n_hidden: int | None
+    levels: int | None
 
 
 @dataclass(frozen=True)
@@ -68,13 +76,11 @@ class Config:
         steps: int | None = None,
         batch: int | None = None,
         seed: int | None = None,
-        n_embd: int | None = None,
-        n_hidden: int | None = None,
-        levels: int | None = None,
         device: str | None = None,
         tier: str | None = None,
         keep: str | None = None,
         init: str | None = None,
+        **sizes: Unpack[Sizes],
     ) -> Config:
         """Fill in what is None from the recipe; the tier is the fastest of this device unless given.
 
@@ -84,6 +90,9 @@ class Config:
         if model not in MODELS:
             raise UsageError(f"model: expected one of {', '.join(MODELS)}, got {model!r}")
         device = "cpu" if device is None else device
+        n_embd, n_hidden, levels = sizes.get("n_embd"), sizes.get("n_hidden"), sizes.get("levels")
+        if unknown := sizes.keys() - Sizes.__annotations__:
+            raise TypeError(f"make: unexpected arguments {sorted(unknown)}")
         try:
             chosen = named(recipe or ("fast" if model == "convwave" else "blog"))
             if model in PUBLISHED and (chosen.optimizer, chosen.batch_of) != ("sgd", "windows"):
