@@ -42,7 +42,7 @@ def quantiles(values: list[float]) -> dict[str, float]:
 
 
 def repeat(action: Callable[[], Any], runs: int, warmup: int = 2) -> dict[str, float]:
-    """Seconds of an action, by the wall."""
+    """Wall-clock seconds of an action."""
     seconds = []
     for _ in range(warmup + runs):
         started = time.perf_counter()

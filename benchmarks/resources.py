@@ -161,7 +161,7 @@ def plan(
                 yield _row(target, launch, precision), launch
 
 
-_VARIANTS = {  # of each kernel, told by the arguments that are not None
+_VARIANTS = {  # of each kernel, by the arguments that are not None
     "conv_forward": {"prologue": "below_ptr", "statistics": "partial_ptr", "activate": "ACTIVATION"},
     "conv_backward": {"prologue": "below_ptr", "order": "order_ptr", "blocks": "blocks_ptr", "fused": "dw_ptr"},
     "conv_weight": {"prologue": "below_ptr"},

@@ -59,7 +59,7 @@ TRACKS = {
 
 
 class Timed(NamedTuple):
-    """A training by the rules: the network, and how long it took by the wall and on all cores together."""
+    """A training by the rules: the network, and its wall-clock and CPU time."""
 
     model: cw.ConvWave
     seconds: float

@@ -342,7 +342,7 @@ def test_inference_is_the_network(make, factors: tuple[int, ...], packed: cw.Pac
         got = infer(model)[:, : len(vocab)]
         assert relative_error(got, expected) < RELATIVE
         infer._buffers[torch.float64]("result", *infer(model).shape).fill_(float("nan"))
-    # float32 errs at most four times as much as PyTorch does by the definition
+    # float32 has at most four times the error of the definition in PyTorch
     single = replace_dtype(model)
     with torch.no_grad():
         peer = relative_error(single(graph).log_softmax(1), expected)

@@ -143,7 +143,7 @@ def test_frequent_contexts_are_drawn_by_their_power(power: float, corpus: cw.Cor
 
 
 def test_batches_of_contexts_grow(corpus: cw.Corpus) -> None:
-    """Draws are even: over n steps a context's number errs by less than 1, so a mean size by some 0.5 R ** 0.5 / n."""
+    """Draws are even: over n steps a context's count is off by less than 1, so a mean size by some 0.5 R ** 0.5 / n."""
     reader = reader_of(corpus, CONTEXTS)
     sizes = [reader.graph(i).num_rows for i in range(CONTEXTS.steps)]
     means = [sum(sizes[20 * stage : 20 * stage + 20]) / 20 for stage in range(5)]
