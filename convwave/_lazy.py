@@ -13,7 +13,7 @@ def attach(package: str, homes: Mapping[str, Sequence[str]]) -> tuple[Callable[[
 
     Args:
         package: its ``__name__``.
-        homes: submodules, each with the names that the package hands on from it. A submodule is itself an attribute.
+        homes: submodules, each with the names that the package re-exports from it. A submodule is an attribute too.
     """
     home = {name: module for module, names in homes.items() for name in names}
 

@@ -1,4 +1,4 @@
-"""Safetensors files with a JSON configuration in their metadata, written so that no reader ever sees half a file."""
+"""Safetensors files with a JSON configuration in their metadata, written atomically: nobody reads half a file."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class CheckpointError(ValueError):
 
 
 def write_atomic(path: str | os.PathLike[str], content: bytes) -> None:
-    """Replace a file by `content` in one step: after a crash it holds the old content or the new, never a mixture."""
+    """Replace a file by `content` in one step: after a crash it holds either the old or the new content."""
     path = Path(path).resolve()  # a link keeps pointing where it did
     if path.exists() and not path.is_file():
         raise OSError(errno.EINVAL, "exists and is not a regular file", str(path))

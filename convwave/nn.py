@@ -123,7 +123,7 @@ class CausalConv1d(nn.Module):
 
 
 class BatchNorm(_BatchNorm):
-    """BatchNorm over rows that carry multiplicities; arguments and state are `nn.BatchNorm1d`'s.
+    """BatchNorm over rows with counts; arguments and state are `nn.BatchNorm1d`'s.
 
     Running statistics stay float32 under ``.half()`` and ``.bfloat16()``, and are computed in float32 at least.
 
@@ -229,11 +229,11 @@ class BatchNorm(_BatchNorm):
 
 
 class ConvBatchNormTanh(nn.Module):
-    """Dilated causal convolution without bias, weighted BatchNorm, tanh: a level, or a layer by itself.
+    """Dilated causal convolution without bias, weighted BatchNorm, tanh: a level of a network, or a layer on its own.
 
     Args:
         in_channels, out_channels: C, H.
-        kernel_size, dilation: k taps, and their distance in positions.
+        kernel_size, dilation: k taps, and the distance between them in positions.
         unbiased, eps, momentum: see `BatchNorm`.
         padding: what stands before a sequence: its first row again ("replicate"), or "zeros".
         layout: of three-dimensional input and output: "BTC", or "BCT" as in `nn.Conv1d`.
@@ -449,22 +449,22 @@ class ConvWave(nn.Module):
     Args:
         vocab_size: V.
         n_embd: channels of the embedding.
-        n_hidden: channels H of every level, or one number for each.
+        n_hidden: channels H of every level, or one number per level.
         levels: number of pairwise levels; the context is ``2 ** levels`` tokens.
         unbiased: normalise with the unbiased variance (the post) or the biased one (`nn.BatchNorm1d`), or one for each
             level.
         backend: "eager" is plain PyTorch; "triton" the fused kernels, on CUDA tensors; "auto" is "triton" where
-            there is a CUDA device. Chosen once, here.
+            there is a CUDA device. Resolved once, when the network is made.
         precision: of float32 products in the kernels: "ieee", "tf32x3" (three TF32 products, as accurate), "tf32", or
             "auto": what `torch.set_float32_matmul_precision` asks for, "tf32x3" at its "highest".
-        statistics: "windows" weighs every row by the windows that contain it, which makes training mode equal to the
-            windowed network; "positions" counts every row once, as a user of temporal convolutions expects.
+        statistics: "windows" counts every row once per window that contains it, so that training mode equals the
+            windowed network; "positions" counts every row once, as in temporal convolutional networks.
         factors: taps of each level instead of ``levels`` times 2; level l has dilation ``prod(factors[:l])``.
-        eps, momentum: of the BatchNorms, or one number for each level.
+        eps, momentum: of all BatchNorms, or one number per level.
         vocabulary: kept with the model and its checkpoints when given.
 
     Attributes:
-        data_sha256: of the text that it was trained on, kept with its checkpoints; None where unknown.
+        data_sha256: of the training text, kept in checkpoints; None if unknown.
     """
 
     data_sha256: str | None = None
@@ -530,7 +530,7 @@ class ConvWave(nn.Module):
             self.head.bias.zero_()
 
     def use(self, backend: str, precision: str = "auto") -> ConvWave:
-        """Choose another backend and precision, for all levels; returns self."""
+        """Set backend and precision of all levels; returns self."""
         self.backend, self.precision = choose_backend(backend), _check_precision(precision)
         for block in self.layers:
             block.backend, block.precision = self.backend, precision
@@ -563,9 +563,9 @@ class ConvWave(nn.Module):
         """Logits (graph.num_rows, V) of every top row of the graph.
 
         Raises:
-            ValueError: the graph has other factors than the network, or statistics="positions" in training mode
+            ValueError: the graph's factors differ from the network's, or statistics="positions" in training mode
                 on a graph that is not dense.
-            IndexError: a token id that is not below vocab_size (on a CPU; on CUDA a device-side assertion).
+            IndexError: a token id >= vocab_size (on a CPU; on CUDA a device-side assertion).
         """
         if graph.factors != self.factors:
             raise ValueError(f"graph: expected factors {self.factors}, got {graph.factors}")
@@ -592,7 +592,7 @@ class ConvWave(nn.Module):
         return h
 
     def config(self) -> dict[str, Any]:
-        """What `ConvWave(**config)` needs to make this network again, apart from the backend; plain JSON values."""
+        """The arguments of `ConvWave` that recreate this network, except the backend, as plain JSON values."""
         return {
             "vocab_size": self.vocab_size,
             "n_embd": self.n_embd,

@@ -1,8 +1,8 @@
-"""The Triton kernels and their launchers, installed as ``convwave.kernels``. Importing a file here imports triton.
+"""The Triton kernels and their launchers, installed as ``convwave.kernels``. Importing any of its files imports triton.
 
 In reading order:
 
-- primitives.py: activations, merging of statistics, what every kernel does to a row;
+- primitives.py: activations, merging of statistics, what is done to every row;
 - forward.py: one level: gather, BatchNorm + activation of the level below on load, product, statistics;
 - activate.py: the end of a stack, BatchNorm + activation by itself, and the gradient that enters there;
 - backward.py: one level: gradients of the rows below, of the matrices, and the sums that BatchNorm's gradient needs;

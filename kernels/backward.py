@@ -10,11 +10,11 @@ With g the gradient in front of the level's activation, zhat = (z - mean) rstd, 
 Both gradients are sums over the rows *below*, and both come from G_j: so a program takes a tile of rows below, collects
 G_j for it, and has all it needs. In one pass it reads g, z and x and writes the gradient in front of the activation
 below, 4 C numbers a row, together with that level's sums for the next kernel down. Who reads row r is a range of
-entries per tap (`consumers`), so nothing is scattered and no atomic adds up floats: the result does not depend on
+entries per tap (`consumers`), so nothing is scattered and no float is added atomically: the result does not depend on
 scheduling.
 
-The matrices' gradients live in registers over all tiles of a program; where C or H is too wide for that (see
-`Launch.fused`), `conv_weight_kernel` computes them in a pass of its own, and a level costs 7 C. Rows that very many
+The gradients of the matrices stay in registers across all tiles of a program; if C or H is too wide for that (see
+`Launch.fused`), `conv_weight_kernel` computes them in a separate pass, and a level costs 7 C. Rows that very many
 rows read (the empty context of a distinct graph) would be a long sum for one program: `block_sums_kernel` first adds up
 every 64 neighbouring entries.
 """
@@ -290,7 +290,7 @@ def conv_weight_kernel(
     BH: tl.constexpr,
     BC: tl.constexpr,
 ):
-    """dW_j[h, c] = sum_n dz[n, h] act(x[taps[j, n], c]), one partial sum for each program."""
+    """dW_j[h, c] = sum_n dz[n, h] act(x[taps[j, n], c]), one partial sum per program."""
     i_p, j, i_w = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     tiles_c: tl.constexpr = (C + BC - 1) // BC
     o_h = i_w // tiles_c * BH + tl.arange(0, BH)
@@ -351,7 +351,7 @@ def conv_backward(
         z: (N, H) its pre-activations.
         stats, sums: (5, H) of `conv_forward`, and what the kernel above returned.
         level, x, rows, below, precision: as for `conv_forward`; consumers are found where the rows have none.
-        needs_dx: False where x is the bottom and nobody asks for its gradient.
+        needs_dx: False if x is the bottom and its gradient is not needed.
         launch: tile sizes other than `backward_launch` chooses.
     """
     g, z = g.contiguous(), z.contiguous()

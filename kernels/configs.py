@@ -1,6 +1,6 @@
 """Tile sizes by shape and precision.
 
-Fixed tables instead of autotuning: the same shape always takes the same kernel, so results repeat from run to run, and
+Fixed tables instead of autotuning: a shape always gets the same kernel, so results are reproducible, and
 every entry is compiled ahead of time by tests/test_kernels_aot.py (registers, spills, shared memory:
 benchmarks/results/kernel_resources.json). None of them has been timed on a GPU yet.
 """
@@ -17,14 +17,14 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Launch:
-    """How a kernel is cut.
+    """Tile sizes and launch parameters of a kernel.
 
     Attributes:
         rows: rows of a tile.
         depth: channels multiplied at a time.
         columns: output channels of a tile.
         warps, stages: triton's num_warps and num_stages.
-        per_sm: programs for each multiprocessor; a program works through tiles until none is left.
+        per_sm: programs per multiprocessor; each loops over tiles.
         fused: of `conv_backward`: the matrices' gradients in the same kernel.
     """
 
@@ -37,7 +37,7 @@ class Launch:
     fused: bool = False
 
     def programs(self, tiles: int, copies: int, device: torch.device) -> int:
-        """Programs that share the tiles of rows, when each tile of columns has programs of its own."""
+        """Number of programs that share the row tiles of one column tile."""
         return max(1, min(tiles, multiprocessors(device) * self.per_sm // copies))
 
 
@@ -48,13 +48,13 @@ def interpreting() -> bool:
 
 @functools.cache
 def multiprocessors(device: torch.device) -> int:
-    """Multiprocessors of a GPU; 2 in the interpreter, enough for programs to share work."""
+    """Multiprocessors of a GPU; 2 in the interpreter, enough that programs share work."""
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2
 
 
 @functools.cache
 def has_wgmma(device: torch.device) -> bool:
-    """Whether matrix units read their operands from shared memory, as Hopper's do; elsewhere registers hold them."""
+    """Whether matrix units read operands from shared memory, as on Hopper; elsewhere from registers."""
     return device.type == "cuda" and not torch.version.hip and torch.cuda.get_device_capability(device)[0] == 9
 
 
@@ -77,7 +77,7 @@ def resolve_precision(precision: str, dtype: torch.dtype) -> str:
 
 
 def by_tap(weight: Tensor, dtype: torch.dtype) -> Tensor:
-    """(H, C, K) -> (K, H, C) contiguous, the layout that kernels read: neighbouring channels side by side."""
+    """(H, C, K) -> (K, H, C) contiguous, the layout that kernels read, with channels contiguous."""
     return weight.detach().permute(2, 0, 1).to(dtype).contiguous()
 
 
@@ -86,7 +86,7 @@ def _pad(n: int, low: int, high: int) -> int:
 
 
 def _vectorised(C: int, dtype: torch.dtype) -> bool:
-    """Whether every row begins at 16 bytes; else each number is loaded by itself, from an address in two registers."""
+    """Whether every row is 16-byte aligned; otherwise each number is loaded separately, from its own 64-bit address."""
     return C * dtype.itemsize % 16 == 0
 
 
@@ -122,8 +122,8 @@ def elementwise_launch(C: int) -> Launch:
     return Launch(64 if interpreting() else 4096 // columns, 0, columns, per_sm=4)
 
 
-# Rows of the largest tile of `conv_backward`, 64 columns wide, that holds both matrices' gradients and spills no
-# register on sm_90: by precision ("half" is bfloat16 and float16) and by channels H, rounded up. On sm_80 and gfx942
+# Rows of the largest `conv_backward` tile (64 columns) that holds the gradients of both matrices without spilling on
+# sm_90: by precision ("half" is bfloat16 and float16) and by channels H, rounded up. On sm_80 and gfx942
 # even the smallest ones spill.
 _FUSED_ROWS = {
     ("ieee", 64): 16,
@@ -136,7 +136,7 @@ _FUSED_ROWS = {
 
 
 def backward_launch(C: int, H: int, K: int, dtype: torch.dtype, precision: str, device: torch.device) -> Launch:
-    """For `conv_backward`: ``depth`` channels H at a time, all of them where the matrices' gradients fit too."""
+    """For `conv_backward`: ``depth`` channels H at a time, all of them if the matrices' gradients fit too."""
     if interpreting():
         fused = K == 2 and C <= 128 and H <= 128
         return Launch(64, _pad(H, 16, 128 if fused else 32), _pad(C, 16, 128), fused=fused)

@@ -2,10 +2,10 @@
 
     z[n] = sum_j W_j act(x[taps[j, n]]),   act = activation(batchnorm(.)) or nothing
 
-The definition is `convwave.ops.naive`. What the kernel saves is passes over memory: activations are never written, and
-the statistics are taken from registers: it reads the rows below and writes z, 2 C numbers a row. Every program works
+The definition is `convwave.ops.naive`. The kernel saves passes over memory: activations are never written, and
+statistics are computed from registers. It reads the rows below and writes z: 2 C numbers per row. Every program works
 through several tiles of rows and merges their (count, mean, sum of squared deviations) as it goes; the last program to
-finish merges those of all, in program order, so the result does not depend on who is last.
+finish merges all of them in program order, so the result does not depend on which one is last.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ def conv_forward_kernel(
     ACTIVATION: tl.constexpr,  # None: write z; else activation(batchnorm(z))
     UNBIASED: tl.constexpr,
     PRECISION: tl.constexpr,
-    WIDEN: tl.constexpr,  # multiply in float32 whatever the storage
+    WIDEN: tl.constexpr,  # multiply in float32 for every storage type
     BT: tl.constexpr,
     BC: tl.constexpr,
     BH: tl.constexpr,
@@ -134,7 +134,7 @@ def conv_forward(
         rows: N of them; rows of zeros (taps of -1) need ``below=None``.
         below: the level below and its statistics (5, C).
         activate: write activations instead of pre-activations; needs a level of running statistics.
-        launch: tile sizes other than `forward_launch` chooses.
+        launch: overrides `forward_launch`.
 
     Returns:
         (N, H) of x's dtype, and the statistics (5, H) float32: mean, rstd, rstd * gamma, variance, sum of the counts.

@@ -23,7 +23,7 @@ SPREAD = tl.constexpr(3)  # dgamma rstd / (n - 1 or n)
 
 @triton.jit
 def tanh(x):
-    """float32 tanh within 3 units in the last place: libdevice's is out of the interpreter's reach."""
+    """float32 tanh within 3 units in the last place: libdevice's does not work in the interpreter."""
     a = tl.abs(x)
     s = a * a
     near = a + a * s * (-0.33332947 + s * (0.13320725 + s * (-0.05267182 + s * 0.01643758)))
@@ -64,7 +64,7 @@ def norm(b_x, stats_ptr, beta_ptr, o_c, m_c, C):
 
 @triton.jit
 def load_counts(counts_ptr, o_n, m_n):
-    """[B] float32: how many windows contain each row, 1 without counts; 0 for rows that are not there."""
+    """[B] float32: how many windows contain each row, 1 without counts; 0 for masked rows."""
     if counts_ptr is not None:
         b_w = tl.load(counts_ptr + o_n, mask=m_n, other=0).to(tl.float32)
     else:
@@ -76,14 +76,14 @@ def load_counts(counts_ptr, o_n, m_n):
 def merge_statistics(n, b_mean, b_m2, n_new, b_mean_new, b_m2_new):
     """Chan's update: count, means and sums of squared deviations of two sets of rows -> of both."""
     total = n + n_new
-    share = tl.div_rn(n_new, tl.maximum(total, 1e-30))  # exactly 1 for the first
+    share = tl.div_rn(n_new, tl.maximum(total, 1e-30))  # exactly 1 for the first tile
     b_delta = b_mean_new - b_mean
     return total, b_mean + b_delta * share, b_m2 + b_m2_new + b_delta * b_delta * (n * share)
 
 
 @triton.jit
 def is_last(counter_ptr, programs):
-    """True in the one program of `programs` that comes here last; what the others stored before is then visible."""
+    """True in the last of `programs` programs to get here; the others' earlier stores are then visible."""
     tl.debug_barrier()
     return tl.atomic_add(counter_ptr, 1, sem="acq_rel") == programs - 1
 

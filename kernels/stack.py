@@ -2,8 +2,8 @@
 
 Every level obeys its own `of_rows`, `unbiased`, `eps` and `activation`; a stack may mix them.
 
-Passes over memory, in numbers of C a row: forward 2 for each level and 2 at the top; backward 4 for each, 7 where its
-weight gradient is a kernel of its own, and 3 at the top. A level of running statistics reads one C less backward.
+Passes over memory, in numbers of C a row: forward 2 for each level and 2 at the top; backward 4 for each, 7 where a
+separate kernel computes the weight gradient, and 3 at the top. A level of running statistics reads one C less backward.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What a person sees, all on standard error: a progress bar on a terminal, plain lines elsewhere, tables; and JSON.
+"""Output for people, all on standard error: a progress bar on a terminal, plain lines elsewhere, tables; and JSON.
 
 Importing it imports rich and torch, so commands do it when they run.
 """
@@ -31,7 +31,7 @@ class _Stderr(Console):
 
 
 def stderr() -> Console:
-    """A console on standard error as it is now; lines are never broken where it is not a terminal."""
+    """A console on the current standard error; lines are not wrapped unless it is a terminal."""
     console = _Stderr(stderr=True, highlight=False, markup=False)
     if not console.is_terminal:
         console = _Stderr(stderr=True, highlight=False, markup=False, width=260, soft_wrap=True)
@@ -39,7 +39,7 @@ def stderr() -> Console:
 
 
 def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
-    """First column to the left, figures to the right."""
+    """First column left-aligned, the others right-aligned."""
     result = Table(title=title, title_justify="left", title_style="bold")
     for i, column in enumerate(columns):
         result.add_column(column, justify="right" if i else "left")
@@ -53,8 +53,8 @@ def number(value: float | None, digits: int = 4) -> str:
 
 
 class ConsoleReporter(Reporter):
-    """Progress with loss, positions per second and time left: a bar, or where there is no terminal lines, every two
-    seconds at first, later after every twentieth of the time gone by.
+    """Progress with loss, positions per second and time left: a bar on a terminal; elsewhere lines, every two seconds
+    at first, later whenever 5 % of the elapsed time has passed.
     """
 
     def __init__(self) -> None:

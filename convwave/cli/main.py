@@ -1,6 +1,7 @@
 """The command line. Results go to standard output with --json, everything for people to standard error.
 
-Exit status: 0 done, 1 a check or a training failed, 2 bad use or bad input (one line says what), 130 interrupted.
+Exit status: 0 done, 1 a check or a training failed, 2 bad usage or bad input (one line says what is wrong), 130
+interrupted.
 Each command is named as text and loaded when it runs: ``--version``, ``--help`` and usage errors need no torch.
 """
 
@@ -33,7 +34,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     for stream, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):  # closed ones, as under cron and pythonw
         if getattr(sys, stream) is None:
             setattr(sys, stream, open(os.devnull, mode))  # noqa: SIM115 (for the rest of the process)
-    if isinstance(sys.stdout, io.TextIOWrapper):  # a terminal or a pipe that knows fewer letters than the data has
+    if isinstance(sys.stdout, io.TextIOWrapper):  # the encoding of standard output may lack characters of the data
         sys.stdout.reconfigure(errors="backslashreplace")
     if given[:1] == ["bench"]:
         return _bench(given[1:])
@@ -145,7 +146,7 @@ def _parser() -> argparse.ArgumentParser:
     def command(name: str, run: str, text: str) -> argparse.ArgumentParser:
         sub = commands.add_parser(name, help=text, description=text)
         sub.set_defaults(run=f"convwave.cli.{run}")
-        sub.add_argument("--data", metavar="FILE", help="text of one word a line (default: $CONVWAVE_DATA, ...)")
+        sub.add_argument("--data", metavar="FILE", help="text with one word per line (default: $CONVWAVE_DATA, ...)")
         sub.add_argument("--json", action="store_true", help="print one JSON object as the last line")
         return sub
 
@@ -158,19 +159,19 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument(
         "--steps", type=_whole(1, 2**31 - 1), help="default: the recipe's on names.txt, else in proportion to the words"
     )
-    p.add_argument("--batch", type=_whole(1, 2**31 - 1), help="names or windows a step (default: the recipe's)")
+    p.add_argument("--batch", type=_whole(1, 2**31 - 1), help="names or windows per step (default: the recipe's)")
     p.add_argument("--n-embd", type=_whole(1, 2**31 - 1), help="channels of the embedding (default: the recipe's)")
     p.add_argument("--n-hidden", type=_whole(1, 2**31 - 1), help="channels of every level (default: the recipe's)")
     p.add_argument("--levels", type=_whole(1, 2**31 - 1), help="the context is 2^levels tokens (default: the recipe's)")
     p.add_argument("--seed", type=int, help="default: 42 for blog, as in the post, else 0")
     p.add_argument("--device", help="cpu (default), cuda, cuda:1, ...")
-    p.add_argument("--tier", choices=["auto", *TIERS], help="how to train it (default: auto, the fastest there is)")
+    p.add_argument("--tier", choices=["auto", *TIERS], help="implementation (default: auto, the fastest available)")
     p.add_argument("--out", type=_path, metavar="DIR", help="where to save (default: a new directory in runs/)")
     p.add_argument("--keep", choices=KEEP, help="default: best by validation, on names.txt last, as published")
     text = "continue the run in --out, or begin it; with more --steps than it has, extend it"
     p.add_argument("--resume", action="store_true", help=text)
     p.add_argument("--init", type=_path, metavar="RUN", help="begin with the weights of another run")
-    p.add_argument("--save-every", type=float, default=10.0, metavar="S", help="seconds between savings (default: 10)")
+    p.add_argument("--save-every", type=float, default=10.0, metavar="S", help="seconds between saves (default: 10)")
 
     p = command("evaluate", "model:evaluate", "Exact loss of a network on every split.")
     _checkpoint_argument(p)
@@ -180,10 +181,10 @@ def _parser() -> argparse.ArgumentParser:
     _checkpoint_argument(p)
     p.add_argument("-n", "--count", type=_whole(0, 10_000_000), default=20, help="how many (default: 20)")
     p.add_argument("--prefix", default="", help="every name begins with this")
-    p.add_argument("--temperature", type=float, default=1.0, help="0: always the likeliest letter (default: 1)")
-    p.add_argument("--top-k", type=_whole(1, 2**31 - 1), help="draw among this many likeliest letters")
+    p.add_argument("--temperature", type=float, default=1.0, help="0: always the most likely letter (default: 1)")
+    p.add_argument("--top-k", type=_whole(1, 2**31 - 1), help="draw from this many most likely letters")
     p.add_argument(
-        "--max-length", type=_whole(1, 100_000), default=100, help="letters after which a name is cut (default: 100)"
+        "--max-length", type=_whole(1, 100_000), default=100, help="maximum letters of a name (default: 100)"
     )
     p.add_argument("--unique", action="store_true", help="every name once")
     p.add_argument("--new-only", action="store_true", help="no name of the data")

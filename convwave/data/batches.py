@@ -1,9 +1,9 @@
 """What a step reads: windows, names or contexts drawn from a training text, and parts cut out of its distinct graph.
 
 A text repeats its contexts: of the 50,457 distinct 8-grams in the training split of names.txt, 270 hold 44 % of its
-182,625 windows, 69 % occur once. A batch of whole names computes the frequent ones in every step and yet counts only
-the few windows that it happens to hold. `ContextSampler` draws contexts instead of names: one that is drawn comes with
-all its windows and targets, weighted so that sums over a batch are, on average, sums over the text.
+182,625 windows, 69 % occur once. A batch of whole names computes the frequent ones in every step, but counts only the
+few windows that it contains. `ContextSampler` draws contexts instead of names. A drawn context comes with all its
+windows and targets, weighted so that a batch's sums equal the text's in expectation.
 
 Shapes: N rows of a level, k taps, V tokens, V' = V rounded up to whole vectors.
 """
@@ -31,8 +31,8 @@ class ContextSampler:
 
     A context that occurs c times is in a batch with probability ``p = min(1, a c ** power)``, and is then weighted by
     ``1 / p``. Draws are spaced evenly: a context has a random phase u, and a step draws it when u plus the sum of all p
-    so far passes an integer. So none waits longer than about 1 / p steps, and a step's batch depends on nothing but its
-    number.
+    so far passes an integer. So no context waits longer than about 1 / p steps, and the batch of a step depends only
+    on its number.
 
     Args:
         counts: (R,) how often each context occurs, > 0.
@@ -41,7 +41,7 @@ class ContextSampler:
         power: 0 draws all contexts equally often, 1 as often as they occur. The gradient of a context, averaged over
             its windows, is noise of about ``c ** -0.5``, which 0.5 balances.
         seed: of the phases.
-        stages: in how many leaps, of equal ratio, the batches grow.
+        stages: number of sizes that batches grow through, in equal ratios.
     """
 
     def __init__(
@@ -62,7 +62,7 @@ class ContextSampler:
             self._positions.append(torch.add(self._positions[stage], self._probabilities[stage], alpha=length))
 
     def __call__(self, step: int) -> tuple[Tensor, Tensor]:
-        """The contexts of a step, (N,) int64 ascending, and (N,) float64 how many like it each stands for, 1 / p."""
+        """The contexts of a step, (N,) int64 ascending, and (N,) float64 its weight, 1 / p."""
         stage = bisect_right(self._begin, step) - 1
         probability = self._probabilities[stage]
         position = torch.add(self._positions[stage], probability, alpha=step - self._begin[stage] + 1)
@@ -71,7 +71,7 @@ class ContextSampler:
 
 
 def _capped(shares: Tensor, total: float) -> Tensor:
-    """``min(1, a shares)`` with the `a` that makes the sum `total`, or all ones where that is too much to ask for."""
+    """``min(1, a shares)`` with the `a` that makes the sum `total`, or all ones where the sum cannot be reached."""
     if total >= shares.numel():
         return torch.ones_like(shares)
     order, index = shares.sort(descending=True)
@@ -124,8 +124,8 @@ def _target_counts(graph: Graph, vocab_size: int, dtype: torch.dtype) -> Tensor:
 class Parts:
     """Cuts parts out of the distinct graph of a whole text.
 
-    `torch.unique` would find the rows that a part needs by sorting; marking them takes a third of the time. Rows are
-    put in an order in which each tap reads one range of them: the oldest tap needs few (410 of the 1,804 4-grams of a
+    Rows that a part needs are marked rather than found by `torch.unique`, whose sorting takes three times as long. They
+    are ordered so that each tap reads one contiguous range: the oldest tap needs few (410 of the 1,804 4-grams of a
     batch, 4,861 of the 22,135 of names.txt), because it mostly reads beginnings of names.
 
     Args:
@@ -165,13 +165,13 @@ class Parts:
         return Batch(tuple(taps), tuple(ranges), tuple(all_weights), tuple(totals), targets)
 
     def number(self, level: int, kept: Tensor, rows: Tensor) -> Tensor:
-        """Where among the distinct rows `kept` of a level each of `rows` is."""
+        """The index of each of `rows` among the distinct rows `kept` of a level."""
         local = self._local[level]
         local[kept] = self._count[: kept.numel()]
         return local.index_select(0, rows)
 
     def distinct(self, level: int, rows: Tensor) -> Tensor:
-        """The distinct ones of some rows of a level."""
+        """The distinct rows among some rows of a level."""
         mark = self._mark[level]
         mark[rows] = 1
         kept = mark.nonzero().view(-1)
@@ -181,8 +181,8 @@ class Parts:
     def _ordered(self, level: int, taps: Tensor) -> tuple[Tensor, Ranges]:
         """The distinct rows of a level that taps (k, N) read, and the range of each tap.
 
-        First what only a tap between the oldest and the newest reads, then what only the oldest reads, what both read,
-        what only the newest reads; a tap between them ranges over all.
+        Order: rows read only by inner taps, only by the oldest tap, by oldest and newest, only by the newest. An inner
+        tap's range is all rows.
         """
         mark = self._mark[level]
         between = taps[1:-1].flatten()
@@ -219,7 +219,7 @@ class NameBatches(Parts):
         self._packed, self._rows = packed, graph.inverse
 
     def __call__(self, words: Tensor) -> Batch:
-        """The batch of the words with these indices (int64), each once for every time that it is named."""
+        """The batch of the words with these indices (int64); a repeated index counts again."""
         positions, _ = self._packed.positions(words)
         top, columns = self.graph.levels - 1, padded(self.vocab_size)
         rows = self._rows.index_select(0, positions)

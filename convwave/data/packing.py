@@ -94,7 +94,7 @@ def split_words(words: Sequence[str], seed: int = 42) -> Splits:
     """Shuffle with Python's generator seeded with `seed`, then cut at 80 % and 90 %, as in the post.
 
     Raises:
-        DataError: so few words that none is left to train on.
+        DataError: too few words to leave any for training.
     """
     shuffled = list(words)
     random.Random(seed).shuffle(shuffled)
@@ -149,7 +149,7 @@ def pack(words: Sequence[str], vocab: Vocabulary) -> Packed:
         DataError: a character that is not in the vocabulary.
         ValueError: a word that contains ``.``.
     """
-    # The stream ".emma.ava" *is* the tokens, and the same stream one character on, "emma.ava.", is the targets.
+    # ".emma.ava" is the tokens, and the same stream shifted by one character, "emma.ava.", the targets.
     stream = "".join(BOUNDARY + word for word in words)
     tokens = vocab.encode_text(stream)
     starts = (tokens == 0).nonzero().flatten()

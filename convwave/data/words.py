@@ -39,7 +39,7 @@ class Words(NamedTuple):
     """The words of one source, in file order, duplicates kept."""
 
     words: list[str]
-    source: str  # what to show a person: the file, or "bundled given names"
+    source: str  # for display: the file, or "the bundled given names"
     sha256: str  # of the source's bytes
     blank_lines: int = 0
 
@@ -52,12 +52,13 @@ class Words(NamedTuple):
 def read_words(path: str | os.PathLike[str]) -> Words:
     """Read one word a line from a UTF-8 text file.
 
-    Surrounding blanks, CRLF line ends, a byte-order mark and a missing last newline are harmless; blank lines are
-    skipped and counted. Every other character is kept as it stands. A pipe or a device is read to its end.
+    Surrounding blanks, CRLF line ends, a byte-order mark and a missing final newline are accepted; blank lines are
+    skipped and counted. All other characters are kept. A pipe or a device is read to its end.
 
     Raises:
         DataError: no such file, a directory, unreadable, more than `MOST_BYTES`, a pipe silent for `PATIENCE` seconds,
-            bytes that are not UTF-8, a line with the reserved ``.`` or with a control character, or no word at all.
+            bytes that are not UTF-8, a line with the reserved ``.`` or with a control character, or a file without
+            words.
     """
     path = Path(path)
     raw = _read(path)
@@ -159,7 +160,7 @@ def fetch_names(url: str = NAMES_URL, directory: str | os.PathLike[str] | None =
     A file that is already there with the right checksum is left alone.
 
     Raises:
-        DataError: the download failed, or what came is not the expected file; nothing is written then.
+        DataError: the download failed, or returned another file; then nothing is written.
     """
     import http.client
     import urllib.error

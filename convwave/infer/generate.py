@@ -1,8 +1,8 @@
 """Sampling names, one node evaluation per level and character.
 
 A level needs the newest activation below it and the ones ``dilation`` steps earlier. Ring buffers keep exactly those,
-filled at first with the activation of an all-padding subtree; so a new character costs L node evaluations where a
-window costs 2^L - 1.
+initially filled with the activation of an all-padding subtree, so a new character costs L node evaluations instead of
+a window's 2^L - 1.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class GenerationCache:
         batch: B, number of sequences.
 
     Attributes:
-        batch: sequences that are still kept.
+        batch: number of sequences still in progress.
     """
 
     @torch.no_grad()
@@ -43,7 +43,7 @@ class GenerationCache:
         self.head_weight, self.head_bias = model.head.weight.T.clone(), model.head.bias.detach().clone()
         self.position = 0
         self.levels: list[tuple[Tensor, Tensor]] = []  # per level, weight (kC, H) and shift (H,)
-        self.offsets: list[list[int]] = []  # per level, how far back each tap but the newest lies
+        self.offsets: list[list[int]] = []  # per level, how far back each tap is, except the newest
         self.rings: list[Tensor] = []  # per level, (longest offset, B, C): step t is in slot t % length
         padding = self.embedding[0]
         for block in model.layers:
@@ -69,12 +69,12 @@ class GenerationCache:
         return torch.addmm(self.head_bias, h, self.head_weight)
 
     def extend(self, tokens: Tensor) -> Tensor:
-        """Read (B, T) tokens, return logits (B, T, V): any way of cutting a sequence into calls gives the same."""
+        """Read (B, T) tokens, return logits (B, T, V): any way to split a sequence into calls gives the same."""
         logits = [self.step(column) for column in tokens.T]
         return torch.stack(logits, 1) if logits else self.embedding.new_empty(self.batch, 0, len(self.head_bias))
 
     def keep(self, rows: Tensor) -> None:
-        """Go on with these sequences only; rows (B',) int64 or (B,) bool."""
+        """Keep only these sequences; rows (B',) int64 or (B,) bool."""
         self.rings = [ring[:, rows] for ring in self.rings]
         self.batch = self.rings[0].shape[1]
 
@@ -98,8 +98,8 @@ def sample_ids(
         generator: on the CPU; the source of all draws.
         prefix: token ids that every sequence begins with.
         temperature: divides the logits; 0 takes the likeliest token.
-        top_k: draw among this many likeliest tokens.
-        max_length: tokens after which a sequence is cut, the prefix included.
+        top_k: draw from the top_k most likely tokens.
+        max_length: maximum number of tokens, including the prefix.
 
     Returns:
         (count, longest) int64 on the CPU, without the opening 0, filled with 0 after the end.
@@ -222,7 +222,7 @@ def _draw(logits: Tensor, generator: torch.Generator, temperature: float, top_k:
     candidates = None
     if top_k is not None and top_k < logits.shape[1]:
         logits, candidates = logits.topk(top_k, dim=1)
-    # in float64 and with the largest logit at 0, so that no temperature, however small, makes a NaN
+    # in float64 and with the largest logit at 0, so that even a tiny temperature gives no NaN
     logits = (logits - logits.amax(1, keepdim=True)).double() / temperature
     drawn = torch.multinomial(logits.softmax(1), 1, generator=generator)
     return (drawn if candidates is None else candidates.gather(1, drawn)).flatten()

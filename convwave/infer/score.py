@@ -1,8 +1,8 @@
 """Exact losses of a network on the post's split, over the distinct subcontexts of the whole text at once.
 
 `Inference` is `ConvWave` in evaluation mode with the arithmetic of `train.closed_form`: BatchNorm folded into the
-weights, both taps multiplied once for every row below and gathered after, a logistic for the tanh, logits in whole
-vectors. The top level goes through the cache in blocks and leaves nothing but its log-probabilities.
+weights, rows below multiplied by each tap once, then gathered; a logistic instead of the tanh; logits padded to whole
+vectors. The top level is processed in blocks that fit the cache, and only its log-probabilities are kept.
 """
 
 from __future__ import annotations
@@ -32,18 +32,17 @@ class SplitLoss(NamedTuple):
 
 
 class EvaluationSet:
-    """Everything about a text that evaluating a network on it needs: prepare once, evaluate often.
+    """A text prepared for evaluating networks on it: prepare once, evaluate often.
 
     Args:
         splits: the words.
-        vocabulary: of the networks to come.
-        factors: of the networks to come.
+        vocabulary, factors: of the networks that will be evaluated.
         device: where to evaluate.
 
     Attributes:
         graph: of all positions of all splits, over distinct subcontexts.
-        masks: per split, (N,) bool over the packed positions. "novel_val" are the validation words that the training
-            split does not contain.
+        masks: per split, (N,) bool over the packed positions. "novel_val" is the validation words that are not in the
+            training split.
     """
 
     def __init__(
@@ -74,7 +73,7 @@ class EvaluationSet:
         self.masks: dict[str, Tensor] = {
             name: mask.repeat_interleave(lengths).to(device) for name, mask in of_words.items()
         }
-        # (splits, pairs) how many positions of a split have a context with a target
+        # (splits, pairs) how many positions of each split have each pair
         self._counts = torch.stack(
             [torch.bincount(self._pair[mask], minlength=pairs.numel()).double() for mask in self.masks.values()]
         )
@@ -87,7 +86,7 @@ class EvaluationSet:
 
     @torch.no_grad()
     def _of_pairs(self, model: ConvWave) -> Tensor:
-        """The same for every different context with every target that it has: 88,331 in names.txt."""
+        """The same for every distinct pair of context and target: 88,331 in names.txt."""
         if self._infer is not None:
             logp = self._infer(model)
         else:
@@ -120,12 +119,12 @@ class Inference:
 
     @torch.no_grad()
     def __call__(self, model: ConvWave) -> Tensor:
-        """Log-probabilities (graph.num_rows, V') of a network of the graph's factors; columns from V on are no tokens.
+        """Log-probabilities (graph.num_rows, V') of a network of the graph's factors; columns from V on are padding.
 
         The result is overwritten by the next call.
 
         Raises:
-            ValueError: the network has other factors.
+            ValueError: the network's factors differ from the graph's.
         """
         if model.factors != self.graph.factors:
             raise ValueError(f"model: expected factors {self.graph.factors}, got {model.factors}")

@@ -11,7 +11,7 @@ _NEVER = 60.0  # how far below the mean of the tokens' logits; e ** -60 is a nor
 
 
 def fixed_stats(level: Level) -> Tensor:
-    """(5, H) `level.Stats` of the running mean and variance; the total is not used and 0."""
+    """(5, H) `level.Stats` of the running mean and variance; the total is unused, and 0."""
     assert level.running_mean is not None
     assert level.running_var is not None
     mean, var = wide(level.running_mean), wide(level.running_var)
@@ -28,7 +28,7 @@ def folded(level: Level) -> tuple[Tensor, Tensor]:
 
 
 def fold_head(weight: Tensor, bias: Tensor, out_weight: Tensor, out_bias: Tensor) -> None:
-    """The head as it is applied to logistics, with V' rows: those that are no tokens have probabilities below e^-60.
+    """The head for inputs that are logistics, padded to V' rows; padding rows get probabilities below e^-60.
 
     Args:
         weight, bias: (V, H), (V,).
@@ -42,14 +42,14 @@ def fold_head(weight: Tensor, bias: Tensor, out_weight: Tensor, out_bias: Tensor
 
 
 class Buffers:
-    """Memory that is kept from step to step, by name."""
+    """Named buffers, kept from step to step."""
 
     def __init__(self, like: Tensor) -> None:
         self._like = like
         self._flat: dict[str, Tensor] = {}
 
     def __call__(self, name: str, rows: int, columns: int) -> Tensor:
-        """(rows, columns) of whatever was last in the buffer."""
+        """A (rows, columns) view of the named buffer, uninitialised."""
         size = rows * columns
         flat = self._flat.get(name)
         if flat is None or flat.numel() < size:

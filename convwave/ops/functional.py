@@ -43,11 +43,11 @@ def conv_bn_tanh(
     `x` is one of
 
     - (N', C) rows with `taps`: one level of a graph;
-    - (N, C) rows of sequences that lie end to end, with `cu_seqlens` (without: one sequence);
+    - (N, C) rows of sequences packed end to end, with `cu_seqlens` (without it: one sequence);
     - (B, T, C) or, with ``layout="BCT"``, (B, C, T) sequences of equal length.
 
-    In training mode the running statistics are moved in place. With ``padding="zeros"``,
-    ``layout="BCT"`` and ``unbiased=False`` this is left padding, `nn.Conv1d`, `nn.BatchNorm1d` and `nn.Tanh`.
+    In training mode the running statistics are updated in place. With ``padding="zeros"``, ``layout="BCT"`` and
+    ``unbiased=False`` this is left padding, `nn.Conv1d`, `nn.BatchNorm1d` and `nn.Tanh`.
 
     Args:
         x: floating point.
@@ -55,18 +55,18 @@ def conv_bn_tanh(
         norm_weight, norm_bias, running_mean, running_var: (H,).
         taps: (k, N) int64 rows of x; excludes `cu_seqlens`, `dilation` and `padding`.
         counts: how many windows contain each output row, for the statistics: (N,), or (B, T); None means once.
-        total: their sum, when known.
+        total: their sum, if known.
         cu_seqlens: (B + 1,) int64, where each sequence begins, and the number of rows.
-        dilation: distance of the taps in positions.
-        padding: what stands before a sequence: its first row again, or zeros.
+        dilation: distance between taps, in positions.
+        padding: what precedes a sequence: its first row repeated, or zeros.
         backend, precision: see `ConvWave`.
 
     Returns:
         (N, H), (B, T, H) or (B, H, T), of the dtype of x.
 
     Raises:
-        ValueError: shapes or options that do not go together, or too few rows for a variance.
-        RuntimeError: backend="triton" where there is none.
+        ValueError: incompatible shapes or options, or too few rows for a variance.
+        RuntimeError: backend="triton" where it is not available.
     """
     check_layer(x, weight.shape, taps, cu_seqlens, dilation=dilation, padding=padding, layout=layout)
     level = Level(
@@ -275,7 +275,7 @@ def loss(logits: Tensor, graph: Graph) -> Tensor:
         A scalar of the logits' dtype.
 
     Raises:
-        ValueError: logits of another number of rows, or a graph in which no window counts.
+        ValueError: the wrong number of rows, or a graph whose counts are all 0.
     """
     if logits.shape[0] != graph.num_rows:
         raise ValueError(f"logits: expected {graph.num_rows} rows, one per top row of the graph, got {logits.shape[0]}")

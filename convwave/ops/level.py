@@ -20,7 +20,7 @@ class Activation(NamedTuple):
     """A function from P * H normalised channels to H, and its derivative.
 
     Attributes:
-        name: by which configurations and kernels know it.
+        name: in configurations and kernels.
         parts: P, channels in for one channel out.
         value: (N, P * H) -> (N, H).
         gradient: (da (N, H), y, a (N, H) = value(y())) -> dy (N, P * H); y is a function that computes (N, P * H), for
@@ -52,7 +52,7 @@ class Level(NamedTuple):
         momentum: share of a new batch in the running statistics.
         training: normalise with the rows' statistics and track them, else with the running ones.
         unbiased: normalise with the variance over the sum of the counts less 1 (torch.var's default, the post's).
-        activation: behind the BatchNorm.
+        activation: applied after the BatchNorm.
     """
 
     weight: Tensor
@@ -98,7 +98,7 @@ def check_total(total: float, unbiased: bool) -> None:
 
 @torch.no_grad()
 def track(level: Level, mean: Tensor, var: Tensor, total: float | Tensor) -> None:
-    """Move a level's running statistics towards a batch's, in place; the variance that is tracked is the unbiased one.
+    """Move a level's running statistics towards a batch's, in place; the tracked variance is the unbiased one.
 
     Args:
         mean, var: (P * H,) of the batch, the variance as it normalised.

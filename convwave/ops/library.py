@@ -33,14 +33,14 @@ PRECISIONS = ("auto", "ieee", "tf32x3", "tf32")
 
 
 def available_backends() -> list[str]:
-    """The backends that this machine has: "triton" needs triton, and a CUDA device (or TRITON_INTERPRET=1)."""
+    """The backends available on this machine: "triton" needs triton, and a CUDA device (or TRITON_INTERPRET=1)."""
     return ["eager"] if _why_not_triton() else ["eager", "triton"]
 
 
 def choose_backend(backend: str) -> str:
-    """The backend that "auto", "eager" or "triton" means on this machine.
+    """Resolve a backend's name to "eager" or "triton".
 
-    "auto" is "triton" where there is a CUDA device, and never triton's interpreter.
+    "auto" is "triton" if there is a CUDA device; it never chooses triton's interpreter.
 
     Raises:
         ValueError: another name.
@@ -72,12 +72,12 @@ def _interpreting() -> bool:
 
 
 def runs_kernels(x: Tensor) -> bool:
-    """Whether the ops compute with kernels where `x` is: on a CUDA device (or in the interpreter), not in float64."""
+    """Whether the ops run kernels on `x`: on a CUDA device (or in the interpreter), not in float64."""
     return x.dtype != torch.float64 and (x.is_cuda or (x.device.type == "cpu" and _interpreting()))
 
 
 def _on_device_of(x: Tensor) -> AbstractContextManager[Any]:
-    """Triton launches on the current device, whichever its tensors lie on."""
+    """Triton launches on the current device, wherever its tensors are."""
     return torch.cuda.device(x.device) if x.is_cuda else nullcontext()
 
 

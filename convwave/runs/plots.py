@@ -31,7 +31,7 @@ class Point(NamedTuple):
 
 
 def block_means(losses: Sequence[float], blocks: int = 200) -> list[Block]:
-    """Average the losses over equal blocks of steps, at most about `blocks` of them: 1000 steps each for the post's."""
+    """Average the losses over about `blocks` equal blocks of steps (1,000 steps each for the post's recipe)."""
     size = max(1, len(losses) // blocks)
     starts = range(0, len(losses), size)
     return [Block(min(i + size, len(losses)), sum(losses[i : i + size]) / len(losses[i : i + size])) for i in starts]

@@ -41,7 +41,7 @@ def provenance(command: str | None = None) -> dict[str, Any]:
 
 
 def device_name(device: str = "cpu") -> str:
-    """The GPU's or the CPU's own name."""
+    """The model name of the GPU or CPU."""
     if device.startswith("cuda"):
         return torch.cuda.get_device_name(device)
     try:
@@ -53,7 +53,7 @@ def device_name(device: str = "cpu") -> str:
 
 
 def commit() -> str | None:
-    """The checkout's commit, with "+" when tracked files differ from it; None outside a checkout."""
+    """The checkout's commit, with "+" if tracked files are modified; None outside a checkout."""
     here = Path(__file__).resolve().parents[2]
     if not (here / "setup.py").is_file():
         return None

@@ -1,4 +1,4 @@
-"""Training: what and how, by which implementation, the loop."""
+"""Training: configuration, recipes, tiers, and the loop."""
 
 from typing import TYPE_CHECKING
 

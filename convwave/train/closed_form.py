@@ -1,16 +1,16 @@
 """Tier "cpu": loss, gradients, Muon and Adam of a `ConvWave` in closed form, without autograd.
 
-The same function as `ConvWave` in training mode, rearranged so that little is left to do:
+The same function as `ConvWave` in training mode, rearranged to do less work:
 
-- **Multiply first, gather after.** A distinct graph has fewer rows below than above: a level multiplies each row below
-  by both taps at once, then adds up rows of the products. Level 0 multiplies the V embeddings and nothing else.
-- **A logistic for the tanh.** ``tanh(y) = 2 s - 1`` with ``s = sigmoid(2 y)``, and torch's sigmoid takes a sixth of the
-  time of its tanh (0.4 and 2.5 ns an element on one core of an AMD EPYC). Only s is ever computed: in
-  ``W h = (2 W) s - W 1`` the constant is what the next BatchNorm subtracts anyway, and the head's goes into its bias.
-- **BatchNorm's scale goes into weights.** The gradient in front of the norm is ``k (..)`` with ``k = gamma rstd`` per
-  channel, so k multiplies the small matrices that it meets next, not the rows.
-- **No fresh memory.** Everything of N rows lives in buffers that are kept: on a machine on which a page fault costs
-  1.5 us, a fresh (1890, 136) product costs twice a product into old memory.
+- **Multiply first, then gather.** A distinct graph has fewer rows below than above: a level multiplies each row below
+  by each tap's matrix once, then sums rows of the products. Level 0 multiplies only the V embeddings.
+- **A logistic instead of the tanh.** ``tanh(y) = 2 s - 1`` with ``s = sigmoid(2 y)``, and torch's sigmoid takes a
+  sixth of the time of its tanh (0.4 and 2.5 ns an element on one core of an AMD EPYC). Only s is ever computed: the
+  constant in ``W h = (2 W) s - W 1`` is removed by the next BatchNorm anyway; the head's goes into its bias.
+- **BatchNorm's scale goes into weights.** The gradient before the norm has a factor ``k = gamma rstd`` per channel,
+  which is applied to the small matrices that follow, not to the rows.
+- **No fresh memory.** All tensors of N rows are in reused buffers: where a page fault costs 1.5 us, a (1890, 136)
+  product into fresh memory takes twice as long as into used memory.
 
 Shapes: N rows of a level, C channels below, H channels, k taps, V tokens, V' = V rounded up to whole vectors.
 """
@@ -70,7 +70,7 @@ class ClosedForm:
 
     @torch.no_grad()
     def load(self, model: ConvWave) -> None:
-        """Take the parameters of another network of the same shape."""
+        """Copy the parameters of another network of the same shape."""
         for name, value in self.parameters().items():
             value.copy_(model.get_parameter(name))
 
@@ -86,7 +86,7 @@ class ClosedForm:
 
     @torch.no_grad()
     def gradients(self, batch: Batch) -> Tensor:
-        """Loss of a batch, () of the parameters' dtype; leaves its gradients in the gradient attributes.
+        """Loss of a batch, () of the parameters' dtype; stores its gradients in the gradient attributes.
 
         Raises:
             ValueError: too few windows for a variance.
@@ -168,10 +168,10 @@ def _variance_divisor(total: float, unbiased: bool) -> float:
 
 
 class MuonAdam:
-    """`optim.Muon` on the matrices and AdamW on all other parameters of a `ClosedForm`, as recipes ask for.
+    """`optim.Muon` on the matrices and AdamW on the other parameters of a `ClosedForm`.
 
     Args:
-        net: whose parameters to move.
+        net: whose parameters to update.
         lr, adam_lr: learning rates.
         momentum: of Muon.
         weight_decay: decoupled, of both.
@@ -179,7 +179,7 @@ class MuonAdam:
         orthogonal_steps: Newton-Schulz steps of Muon.
 
     Attributes:
-        steps: done so far.
+        steps: number of steps done.
         momenta: per matrix, Muon's.
         exp_avg, exp_avg_sq: Adam's, over `ClosedForm.flat`.
     """
@@ -203,7 +203,7 @@ class MuonAdam:
 
     @torch.no_grad()
     def step(self, rate: float = 1.0) -> None:
-        """Move the parameters by the gradients, learning rates multiplied by `rate`."""
+        """Update the parameters, with learning rates multiplied by `rate`."""
         net, lr, adam_lr = self.net, self.lr * rate, self.adam_lr * rate
         for matrix, grad, momentum in zip(net.matrices, net.matrix_gradients, self.momenta, strict=True):
             momentum.lerp_(grad, 1 - self.momentum)
@@ -230,7 +230,7 @@ class MuonAdam:
 
         Raises:
             KeyError: something is missing.
-            RuntimeError: something is of another shape.
+            RuntimeError: a shape differs.
         """
         self.steps = int(state["steps"])
         for name, value in self.state().items():

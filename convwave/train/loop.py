@@ -45,10 +45,10 @@ class Reporter:
         """After every step."""
 
     def stop(self) -> None:
-        """After the last one, however it ended."""
+        """After the last step, also after an error."""
 
     def message(self, text: str) -> None:
-        """A line for a person."""
+        """One line of text for the user."""
 
 
 @dataclass(frozen=True)
@@ -140,17 +140,17 @@ def train(
             ``result.json``, ``loss.csv`` and ``loss.png``; None writes nothing.
         resume: continue from the state in `out`, or begin where there is nothing. With more steps than the state's
             configuration has, the run is extended: the schedule starts anew from the saved weights.
-        save_every: seconds between two savings of the state.
+        save_every: seconds between saves.
         reporter: of progress.
         init: a network to begin with instead of a random one; a run that is continued ignores it.
 
     Raises:
-        DataError: no word is left to train on.
+        DataError: no words left for training.
         UsageError: `out` holds a run already and `resume` is False, or a network without a state to resume from;
             another process is training there; `init` has another shape, or no token for a letter of the words; the
             best network is to be kept and there are no validation words.
         CheckpointError: a state that cannot be used, or one of another configuration or other data.
-        Diverged: a loss or a weight that is not finite; the last good state stays on the disk.
+        Diverged: a loss or a weight that is not finite; the last good state is kept on disk.
         Interrupted: Ctrl-C; the state is saved.
     """
     folder = None if out is None else Folder(out)
@@ -431,7 +431,7 @@ def vocabulary_of(folder: Folder, state: State) -> Vocabulary:
 
 
 def few_threads(config: Config, parameters: int, train: Packed) -> AbstractContextManager[None]:
-    """One thread where a step is so little work that several gain nothing, and lose much where a core is busy.
+    """Use one thread if a step is too little work to gain from more, which lose much when a core is busy.
 
     22,397 parameters and 512 names, 80 million multiply-adds forward: 9.5 ms a step on one thread, 8.4 on two idle
     cores, 50 with another process on the second.

@@ -35,9 +35,8 @@ def orthogonalize(matrix: Tensor, steps: int = 5) -> Tensor:
 
 
 def orthogonalize_together(matrices: Sequence[Tensor], steps: int = 5) -> list[Tensor]:
-    """`orthogonalize` of several matrices side by side: few, batched products instead of many small ones.
-
-    They are filled up with zeros to one shape, which changes nothing: rows and columns of zeros stay zero.
+    """`orthogonalize` of several matrices in one batch: few batched products instead of many small ones. They are
+    zero-padded to one shape, which does not change the result: rows and columns of zeros stay zero.
     """
     a, b, c = _QUINTIC
     flat = [m if m.shape[0] <= m.shape[1] else m.T for m in matrices]
@@ -56,8 +55,8 @@ class Muon(torch.optim.Optimizer):
 
     Args:
         params: parameters of two or more dimensions, seen as (first, rest).
-        lr: learning rate, multiplied by ``sqrt(max(1, rows / columns))``; a scalar tensor where it is to change within
-            a CUDA graph.
+        lr: learning rate, multiplied by ``sqrt(max(1, rows / columns))``; a scalar tensor if it must change inside a
+            CUDA graph.
         momentum: of the running mean of gradients.
         weight_decay: decoupled: every step multiplies the weights by ``1 - lr * weight_decay``.
         steps: Newton-Schulz steps.

@@ -23,18 +23,18 @@ class Recipe:
         name: to tell it from others.
         optimizer: "sgd" is the post's; "muon" is Muon on the convolution matrices and Adam on all else.
         batch_of: "windows" draws single positions with replacement, "names" takes whole names epoch by epoch,
-            "contexts" draws distinct contexts, see `batches.ContextSampler`, "text" takes all there is, every time.
-        batch: windows, names or contexts a step; contexts in the first step; 1 text.
+            "contexts" draws distinct contexts, see `batches.ContextSampler`, "text" takes the whole text in every step.
+        batch: windows or names per step, or contexts in the first step; 1 for "text".
         growth: of batches of contexts, from the first step to the last.
-        context_power: how much more often frequent contexts are drawn.
+        context_power: exponent of a context's count in its probability of being drawn.
         lr: of SGD, or of Muon.
         adam_lr: of Adam, for everything that is not a convolution matrix.
         adam_beta: of Adam's running mean of gradients.
         weight_decay: decoupled, of Muon and Adam.
         warmup: share of the steps in which the rate rises from 0.
         orthogonal_steps: Newton-Schulz steps of Muon.
-        token_noise: share of the letters read that are replaced by random ones of the training text (what is to be
-            predicted stays): smoothing for networks large enough to learn the names by heart.
+        token_noise: share of input letters replaced by random ones of the training text (targets are unchanged), which
+            regularises networks large enough to memorise names.
         steps: unless a run asks for another number.
         momentum: of Muon.
         n_embd, n_hidden, levels: the network that the recipe was made for.
@@ -69,7 +69,7 @@ class Recipe:
             raise ValueError(f"growth, context_power: expected 1 and 0 unless batch_of is 'contexts', got {got}")
 
     def rate(self, step: int, steps: int) -> float:
-        """What the learning rates are multiplied by at `step` of `steps`.
+        """Factor of the learning rates at `step` of `steps`.
 
         SGD: 1, and 0.1 for the last quarter, as in the post. Otherwise a linear rise, then a linear fall to 0.
         """

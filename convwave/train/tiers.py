@@ -1,8 +1,8 @@
 """Tiers: implementations of one training, from the plainest to the fastest.
 
 Every tier runs the same recipe on the same batches and ends at the same losses, up to the noise between seeds. For a
-given seed, device and tier the weights are the same bits every time (on a GPU not for batches of contexts, whose
-weights are added up in any order); from tier to tier they differ by rounding, which a few steps make visible. A tier
+given seed, device and tier the weights are the same bits every time (except on a GPU for batches of contexts, whose
+counts are summed in no fixed order); between tiers they differ by rounding, which grows over the steps. A tier
 names its file as text, which is loaded when the tier is asked for; tiers never import one another.
 
 | tier | what runs | where |
@@ -61,7 +61,7 @@ class Tier(NamedTuple):
 
     Attributes:
         begin: ``"module:name"`` of what makes a `Run` of a `Config`, the packed training words and their vocabulary.
-        device: type of the device that it runs on, None for any.
+        device: device type, None for any.
         models: names in `config.MODELS`, None for any.
         optimizers, batches: `optimizer` and `batch_of` of `recipes.Recipe`, None for any.
     """
@@ -97,10 +97,10 @@ def available_tiers(model: str = "convwave", recipe: str | Recipe = "fast", devi
 
 
 def choose_tier(tier: str, model: str, recipe: str | Recipe, device: str) -> str:
-    """The tier that a name means: "auto" is the fastest there is.
+    """Resolve a tier's name: "auto" is the fastest available.
 
     Raises:
-        ValueError: another name, or a tier that does not run this.
+        ValueError: an unknown name, or a tier that cannot run this.
     """
     available = available_tiers(model, recipe, device)
     if tier == "auto":

@@ -1,4 +1,4 @@
-"""Comparing a network with the windowed one."""
+"""Comparing a network with the windowed network."""
 
 from typing import TYPE_CHECKING
 

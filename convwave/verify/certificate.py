@@ -5,7 +5,7 @@ dense and distinct graphs, cached generation; float64 and float32) is compared w
 
 - float64: 1e-10 of the largest value, the contract (rounding alone stays below 1e-13 on names);
 - float32: four times the error that the windowed network itself makes in float32, against the same truth; on a CUDA
-  device the fused kernels have to keep it too, in every precision that claims to be float32;
+device the fused kernels must meet it too, in every precision that claims float32 accuracy;
 - trajectory: 1e-9 after 1,000 steps, over which rounding grows;
 - causality: exactly 0.
 """
@@ -56,9 +56,9 @@ GRAPHS: dict[str, Callable[..., Graph]] = {
     "distinct": distinct_graph,
 }
 TRAJECTORY = 1e-9
-# the most window tokens that are evaluated at once: bounds the memory of the windowed network
+# window tokens evaluated at once, which bounds the memory of the windowed network
 MOST_TOKENS = 2**16
-# the most that are evaluated in all: names.txt at context 8 has 1.8 million
+# window tokens evaluated in total: names.txt at context 8 has 1.8 million
 ALL_TOKENS = 2**22
 
 
@@ -84,10 +84,10 @@ class Check:
 
     Attributes:
         name: of the check: what, mode, graph, precision, network.
-        compared: what with what, in words.
+        compared: what is compared with what, as text.
         max_abs_error: largest absolute difference.
         relative_error: the same over the largest absolute value of the truth in float64.
-        bound: what max_abs_error must not exceed.
+        bound: the largest max_abs_error that passes.
         origin: where the bound comes from.
         where: the first failing place, or the worst tensor.
     """
@@ -124,9 +124,9 @@ def verify(
     """Run all checks on one network, one after another.
 
     Args:
-        model: left as it is.
+        model: not modified.
         splits, vocabulary: the text.
-        network: a word that tells networks apart in the checks' names.
+        network: label added to the names of the checks.
         device: where the convolution is evaluated; the truth is computed on the CPU.
         seed: of the random batches.
         trajectory_steps: steps of the post's recipe to follow.
@@ -150,7 +150,7 @@ def verify(
 
 
 def weights_sha256(model: ConvWave) -> str:
-    """A hash of every parameter and running statistic, names and bytes."""
+    """SHA-256 over names and bytes of all parameters and running statistics."""
     digest = hashlib.sha256()
     for name, tensor in sorted(model.state_dict().items()):
         digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}\n".encode())
@@ -223,8 +223,9 @@ class _Verifier:
     # Training mode: logits, loss, gradients, running statistics
 
     def training(self) -> Iterator[Check]:
-        # real names, some of them twice, a name of one letter and an empty one, and random ones, so that even a text of
-        # two words makes a batch whose variances are not nearly 0: there float32 compares rounding with rounding
+        # real names, some of them twice, a name of one letter and an empty one, and random ones, so that even a text
+        # of two words gives a batch whose variances are not close to 0, where float32 would only compare rounding
+        # errors
         most = max(2, MOST_TOKENS // self.model.context // 8)
         words = self.random.sample(self.splits.train, min(256, most, len(self.splits.train)))
         packed = pack(
@@ -322,7 +323,7 @@ class _Verifier:
         inside = columns < lengths[:, None]  # (B, T)
         tokens = torch.zeros(inside.shape, dtype=torch.int64)
         tokens[inside] = packed.tokens[first:]
-        for arithmetic in PLAIN:  # the cache has no kernels of its own
+        for arithmetic in PLAIN:  # there are no kernels for the cache
             dtype = arithmetic.dtype
             expected, bound = self._truth(dtype)
             cache = GenerationCache(self._model(arithmetic).eval(), len(words))
@@ -354,7 +355,7 @@ class _Verifier:
         longest = int(lengths.max())
         steps = range(1, longest)
         model = self._model(Arithmetic(torch.float64)).eval()
-        poisoned = copy.deepcopy(model)  # knows one more token, and that one is NaN
+        poisoned = copy.deepcopy(model)  # with one extra token, whose embedding is NaN
         row = torch.full((1, model.n_embd), float("nan"), dtype=torch.float64, device=self.device)
         poisoned.embedding = nn.Embedding.from_pretrained(torch.cat([model.embedding.weight, row]))
 
@@ -408,7 +409,7 @@ class _Verifier:
     # A training trajectory
 
     def trajectory(self, steps: int, batch: int = 32) -> Iterator[Check]:
-        """The post's recipe on the same random windows: literally for the MLP, as counts for the convolution."""
+        """The post's recipe on the same random windows: as windows for the MLP, as counts for the convolution."""
         words, _ = self._affordable(self.splits.train)
         packed = pack(words if len(words) >= 64 else [*words, *self._made(64)], self.vocabulary)
         everything = distinct_graph(packed, factors=self.model.factors)
@@ -469,7 +470,7 @@ class _Verifier:
         return ["".join(self.random.choices(letters, k=self.random.randint(1, 12))) for _ in range(number)]
 
     def _affordable(self, words: Sequence[str]) -> tuple[list[str], str]:
-        """Words whose windows fit the budget: all of them, or a random part, and a note for the latter."""
+        """Words whose windows fit the budget (all, or a random sample), and a note if it is a sample."""
         positions = sum(len(word) + 1 for word in words)
         if positions * self.model.context <= ALL_TOKENS:
             return list(words), ""
@@ -504,7 +505,7 @@ class _Verifier:
     def _tensors(
         self, name: str, compared: str, pairs: dict[str, tuple[Tensor, Tensor]], bound: float, dtype: torch.dtype
     ) -> Check:
-        """Several tensors at once: the one that is worst relative to its own largest value."""
+        """Check several tensors; returns the worst, relative to its largest value."""
         worst = None
         for tensor, (got, expected) in pairs.items():
             check = self._check(name, compared, got.detach().cpu(), expected.detach(), bound, dtype)
@@ -516,7 +517,7 @@ class _Verifier:
     def _locate(
         self, make: Callable[..., Graph], packed: Packed, model: ConvWave, counts: Tensor | None, index: int
     ) -> str:
-        """The first node, level and channel of the tree of a compared row that differs from the windowed network's.
+        """Where a compared row first differs from the windowed network: level, node and channel.
 
         In training mode compared rows are windows, each as often as it counts; otherwise they are positions.
         """
@@ -547,7 +548,7 @@ class _Verifier:
 
 
 def _in_chunks(packed: Packed, context: int, evaluate: Callable[[Packed], Tensor]) -> Tensor:
-    """(N, V) logits, computed over so many words at a time that their windows fit MOST_TOKENS."""
+    """(N, V) logits, computed in chunks of words whose windows fit MOST_TOKENS."""
     size = max(1, MOST_TOKENS // context * packed.num_words // len(packed))
     words = torch.arange(packed.num_words)
     return torch.cat([evaluate(packed.select(part)) for part in words.split(size)])
