@@ -38,7 +38,7 @@ def pieces() -> Iterator[tuple[str, Any, str]]:
 
 
 @pytest.mark.parametrize(
-    ("group", "task", "provider"), pieces(), ids=lambda value: value if isinstance(value, str) else ""
+    ("group", "task", "provider"), list(pieces()), ids=lambda value: value if isinstance(value, str) else ""
 )
 def bench_piece(group: str, task: Any, provider: str, benchmark: Any) -> None:
     one, expected = task().competitor(provider), task().expected()

@@ -32,7 +32,6 @@ from convwave.train import UsageError
 README = RESULTS.parent.parent / "README.md"
 PAGE = "report.html"
 WIDTH = 100  # columns of a terminal
-NOT_MEASURED = "not measured"
 Rows = Sequence[Figure]
 
 # Tables
@@ -189,87 +188,6 @@ def draw_bars(axes: Any, picture: Picture, rows: Rows, colours: Mapping[str, str
     axes.set(xlabel=picture.label)
 
 
-# Headlines: question, study, then mode, x and provider of a speed-up
-
-SPEEDUPS = (
-    ("training, context 1,024, width 128: dense over the windowed MLP", "context", "train", 1024, "dense"),
-    ("training, 512 names at the post's size: dense over the windowed MLP", "names", "train", 512, "dense"),
-    ("the same over distinct contexts", "names", "train", 512, "distinct"),
-    ("evaluation, 512 names: distinct contexts over the windowed MLP", "names", "eval", 512, "distinct"),
-    ("generation, 1,024 sequences at once: cached over the windowed MLP", "sample", "eval", 1024, "cached"),
-    (
-        "training a stack of width 128, float32: convwave over two shifted matmuls",
-        "width",
-        "train, float32",
-        128,
-        "convwave",
-    ),
-)
-
-
-def headlines(documents: Documents) -> list[tuple[str, str, str]]:
-    """Question, study and answer of every headline in the studies of one device."""
-    rows = [row for _, document in documents.values() for row in document["rows"] if row["median"] is not None]
-    fields = ("study", "mode", "x", "provider", "metric")
-    by = {tuple(row[field] for field in fields): row for row in rows}
-
-    def ours(study: str, mode: str, x: int | str, provider: str, metric: str) -> Figure | None:
-        """A row of this library: of its kernels where they were measured, else of plain PyTorch."""
-        keys = [(study, mode, x, provider + end, metric) for end in (", triton", ", eager", "")]
-        return next((by[key] for key in keys if key in by), None)
-
-    def speedup(study: str, mode: str, x: int, provider: str) -> str:
-        ratio = ours(study, mode, x, provider, "speedup")
-        if ratio is None:
-            return NOT_MEASURED
-        seconds, rate = (by[study, mode, x, ratio["provider"], m] for m in ("seconds", "positions_per_second"))
-        mark = " ~" * is_noisy(ratio, seconds)
-        spread = f"{si(ratio['median'])} times ({si(ratio['p05'])} to {si(ratio['p95'])}){mark}"
-        return f"{spread}; {si(rate['median'])} {'characters' if study == 'sample' else 'positions'}/s{mark}"
-
-    compiled = []
-    for tuning, mode in (("compiled", "train, float32"), ("max-autotune", "train, float32, max-autotune")):
-        own = ours("width", mode, 128, "convwave", "seconds")
-        peer = by.get(("width", mode, 128, f"two shifted matmuls, {tuning}", "seconds"))
-        if own is not None and peer is not None:
-            ratio = f"{si(peer['median'] / own['median'])} times" + " ~" * is_noisy(own, peer)
-            compiled.append(f"{ratio} ({tuning}, ratio of medians)")
-    level = ours("roofline", "float32", 128, "level, eval", "fraction")
-    right, lost = ([row["median"] for row in rows if row["metric"] == metric] for metric in ("right", "regret"))
-    answers = [(question, study, speedup(study, *rest)) for question, study, *rest in SPEEDUPS]  # type: ignore[arg-type]
-    return [
-        *answers,
-        ("the same over them compiled", "width", "; ".join(compiled) or NOT_MEASURED),
-        (
-            "a level of width 128, evaluation, float32: fraction of the hardware's limit",
-            "roofline",
-            f"{level['median']:.2f}, {level['note']}" if level else NOT_MEASURED,
-        ),
-        (
-            "the winning graph, predicted beforehand",
-            "breakeven",
-            f"right in {sum(right):.0f} of {len(right)}; time lost {statistics.mean(lost):.1%} on average, "
-            f"{max(lost):.0%} at worst"
-            if right
-            else NOT_MEASURED,
-        ),
-    ]
-
-
-def compared(results: Path) -> dict[str, Any]:
-    """What both templates say of the studies in a folder and the folders in it: by device, and their headlines."""
-    folders = [results, *sorted(path for path in results.glob("*") if path.is_dir())]
-    devices = [documents for folder in folders if (documents := read_documents(folder))]
-    if not devices:
-        raise UsageError(f"--report: expected results of 'convwave bench' in {results}, found none")
-    names = [next(iter(documents.values()))[1]["provenance"]["device"] for documents in devices]
-    answers = [headlines(documents) for documents in devices]
-    if not any(row["device"] != "cpu" for d in devices for _, document in d.values() for row in document["rows"]):
-        names, answers = [*names, "GPU"], [*answers, [(q, s, NOT_MEASURED) for q, s, _ in answers[0]]]
-    lines = [(same[0][0], same[0][1], [answer for *_, answer in same]) for same in zip(*answers, strict=True)]
-    return {"results": results, "devices": dict(zip(names, devices, strict=False)), "names": names, "headlines": lines}
-
-
 # Templates
 
 BLOCK = re.compile(r"<!-- begin (\w+) -->(.*?)<!-- end \1 -->", re.DOTALL)
@@ -291,6 +209,23 @@ def spread(values: Any) -> str:
     return f"{statistics.mean(found):.4f} ± {statistics.stdev(found):.4f}"
 
 
+def devices(results: Path) -> dict[str, Documents]:
+    """The studies in a folder and in the folders in it, by device."""
+    folders = [results, *sorted(path for path in results.glob("*") if path.is_dir())]
+    found = [documents for folder in folders if (documents := read_documents(folder))]
+    if not found:
+        raise UsageError(f"--report: expected results of 'convwave bench' in {results}, found none")
+    return {next(iter(documents.values()))[1]["provenance"]["device"]: documents for documents in found}
+
+
+def figures(documents: Documents, study: str, provider: str = "", **where: Any) -> Rows:
+    """The rows of a study with these values; of a provider those of its kernels where they were measured."""
+    rows = documents[study][1]["rows"] if study in documents else []
+    rows = [row for row in rows if row["median"] is not None and all(row[key] == where[key] for key in where)]
+    named, ends = grouped(rows, "provider"), (", triton", ", eager", "")
+    return next((named[provider + end,] for end in ends if (provider + end,) in named), []) if provider else rows
+
+
 JINJA = jinja2.Environment(
     loader=jinja2.FileSystemLoader(Path(__file__).parent),
     autoescape=jinja2.select_autoescape(),  # the page, not the README
@@ -299,7 +234,7 @@ JINJA = jinja2.Environment(
     lstrip_blocks=True,
     keep_trailing_newline=True,
 )
-JINJA.globals |= {"cells": cells, "svg": svg, "studies": STUDIES}
+JINJA.globals |= {"cells": cells, "svg": svg, "studies": STUDIES, "figures": figures, "is_noisy": is_noisy}
 JINJA.filters |= {
     "si": si,
     "seconds": seconds,
@@ -317,7 +252,9 @@ def read(name: str) -> Any:
 def render(text: str) -> str:
     """The README with every block made anew from its template."""
     mutants = re.findall(r"Caught by the tests: (\d+ of \d+)", (README.parent / "tests/MUTANTS.md").read_text("utf-8"))
-    values = {"read": read, "root": README.parent, "mutants": mutants[0], **compared(RESULTS)}
+    values = {"read": read, "root": README.parent, "mutants": mutants[0], "devices": (found := devices(RESULTS))}
+    rows = [row for documents in found.values() for _, document in documents.values() for row in document["rows"]]
+    values["measured_on_a_gpu"] = any(row["device"] != "cpu" for row in rows)
     made = JINJA.get_template("readme.md").render(values)
     blocks = {match[1]: match[0] for match in BLOCK.finditer(made)}
     return BLOCK.sub(lambda match: blocks[match[1]], text)
@@ -325,7 +262,7 @@ def render(text: str) -> str:
 
 def page(results: Path) -> str:
     """The page as text: a function of the files in `results` alone; raises UsageError where there are none."""
-    return JINJA.get_template(PAGE).render(compared(results))
+    return JINJA.get_template(PAGE).render(results=results, devices=devices(results))
 
 
 def write_report(results: Path = RESULTS) -> list[Path]:
