@@ -91,7 +91,7 @@ def test_quantiles_and_noise() -> None:
     assert noise([0.0] * 6) == 0
     assert noise([1.0] * 50 + [1.2] * 50) == pytest.approx(0.2)
     assert noise([1.2] * 50 + [1.0] * 50) == pytest.approx(0.2)  # faster is as bad as slower
-    assert noise([1.0, 50.0, 1.0, 1.0, 1.0, 1.0]) == 0  # medians bear an outlier
+    assert noise([1.0, 50.0, 1.0, 1.0, 1.0, 1.0]) == 0  # an outlier does not move a median
     wide = [1.0, 2.0, 3.0, 3.0, 2.0, 1.0] * 2  # the halves agree, yet the median is uncertain
     assert noise(wide) == pytest.approx(1.57 * (3 - 1) / 12**0.5 / 2)
     assert noise([1.0, 9.0, 9.0]) == 0  # too few to say
@@ -525,7 +525,7 @@ class Page(HTMLParser):
 
 
 def without_pictures(text: str) -> str:
-    """Pictures are matplotlib's: another version draws the same figures in other words."""
+    """Pictures are matplotlib's: another version writes the same figures differently."""
     return re.sub(r"<svg.*?</svg>", "", text, flags=re.DOTALL)
 
 

@@ -19,7 +19,7 @@ from benchmarks.studies import Picture, Plan, Step
 from benchmarks.tasks import BUILD, Network
 
 QUESTION = "Which graph wins: always the one with the fewest rows?"
-PICTURES = (Picture("Time lost by the predicted choice", "regret", "train", "time lost, over the time of the fastest", "bars"),)
+PICTURES = (Picture("Time lost by the predicted choice", "regret", "train", "time lost / time of the fastest", "bars"),)
 TEXTS = (("names", 32), ("names", 2048), ("document", 256), ("document", 8192), ("syllables", 64), ("syllables", 2048))
 
 
