@@ -41,15 +41,15 @@ def pieces() -> Iterator[tuple[str, Any, str]]:
     ("group", "task", "provider"), list(pieces()), ids=lambda value: value if isinstance(value, str) else ""
 )
 def bench_piece(group: str, task: Any, provider: str, benchmark: Any) -> None:
-    one, expected = task().competitor(provider), task().expected()
+    made, expected = task(), task().expected()
     with harness.numeric_flags():
         try:
-            work = one.make()
+            work = made.make(provider)
         except harness.Unavailable as reason:
             pytest.skip(str(reason))
         benchmark.name = f"{group}, {provider}"
-        truth = one.expected or expected
-        assert harness.relative_error(work.result(), truth) <= harness.baseline_bound(one, truth)
+        truth = work.expected or expected
+        assert harness.relative_error(work.result(), truth) <= harness.baseline_bound(work, truth)
 
         def run() -> None:
             work.run()

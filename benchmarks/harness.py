@@ -28,7 +28,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from itertools import accumulate
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -48,26 +48,22 @@ class Unavailable(Exception):
     """A competitor that this machine cannot run; the message says why."""
 
 
-class Work(NamedTuple):
-    """A competitor that is ready: the action that is timed, what it computes, by name, and what it trains."""
-
-    run: Callable[[], Any]
-    result: Callable[[], Results]
-    parameters: Sequence[Tensor] = ()
-
-
 @dataclass(frozen=True)
-class Competitor:
-    """One way to compute something. Those of a group share one error bound, derived from the first, its baseline."""
+class Work:
+    """A competitor that is ready. Those of a group share one error bound, derived from the first, its baseline."""
 
-    provider: str  # its name in tables and files
-    make: Callable[[], Work]  # builds and compiles it; may raise `Unavailable`
+    run: Callable[[], Any]  # what is timed
+    result: Callable[[], Results]  # what it computes, by name
+    parameters: Sequence[Tensor] = ()  # what it trains
     dtype: torch.dtype = torch.float32  # sets the precision that the check expects
     positions: int | None = None  # that one run handles, when it is another number than its rivals'
     expected: Results | None = None  # what it must compute, when that is not what its rivals compute
     group: str = ""
     exact: Callable[[], Results] | None = None  # of a baseline: the same code in float64, to prove that it only rounds
     no_capture: str = ""  # why no CUDA graph is made of it; a capture that fails may spoil those after it
+
+
+Competitor = tuple[str, Callable[[], Work]]  # its name in tables and files, and what builds it or raises `Unavailable`
 
 
 @dataclass(frozen=True)
@@ -161,16 +157,16 @@ def error_bound(baseline: float, dtype: torch.dtype) -> float:
     return max(4 * baseline, 16 * torch.finfo(dtype).eps)
 
 
-def baseline_bound(competitor: Competitor, expected: Results) -> float:
+def baseline_bound(work: Work, expected: Results) -> float:
     """Error bound of a baseline of errors.
 
     Half of the digits; or, where its code gives the expected result in float64, a tenth: nn.BatchNorm1d on a CPU adds
     up row by row, and over a million float32 rows 0.4 % is what that costs.
     """
-    if competitor.exact is None:
-        tf32 = competitor.dtype == torch.float32 and torch.get_float32_matmul_precision() != "highest"
-        return (2.0**-10 if tf32 else torch.finfo(competitor.dtype).eps) ** 0.5
-    return 0.1 if relative_error(competitor.exact(), expected) <= EXACT else 0.0
+    if work.exact is not None:
+        return 0.1 if relative_error(work.exact(), expected) <= EXACT else 0.0
+    tf32 = work.dtype == torch.float32 and torch.get_float32_matmul_precision() != "highest"
+    return (2.0**-10 if tf32 else torch.finfo(work.dtype).eps) ** 0.5
 
 
 # Clocks
@@ -279,7 +275,7 @@ def peak_bytes(work: Work, device: str) -> float:
 class _Entry:
     """A competitor that passed its check: what is timed and its samples, by metric."""
 
-    competitor: Competitor
+    provider: str
     work: Work
     calls: int
     checked: dict[str, Any]
@@ -317,32 +313,34 @@ def compare(
     rows: list[Row] = []  # of those that cannot be timed
     entries: list[_Entry] = []
     errors: dict[str, float] = {}
-    for one in competitors:
-        truth = expected if one.expected is None else one.expected
+    for provider, make in competitors:
         try:
             if time.monotonic() > settings.deadline:
                 raise Unavailable(TIME_UP)
-            work = one.make()
+            work = make()
+            truth = expected if work.expected is None else work.expected
             error = relative_error(work.result(), truth)
-            bound = error_bound(errors[one.group], one.dtype) if one.group in errors else baseline_bound(one, truth)
+            known = work.group in errors
+            bound = error_bound(errors[work.group], work.dtype) if known else baseline_bound(work, truth)
         except ValueError as reason:
-            rows.append(point.row(one.provider, status="wrong", note=why(str(reason))))
+            rows.append(point.row(provider, status="wrong", note=why(str(reason))))
             continue
         except Exception as reason:  # a peer may fail in any way; the others are still to be measured
-            rows.append(point.absent(one.provider, reason))
+            rows.append(point.absent(provider, reason))
             continue
         checked: dict[str, Any] = {"error": error, "bound": bound}
         if error > bound:
-            rows.append(point.row(one.provider, status="wrong", note="differs from the float64 result", **checked))
+            rows.append(point.row(provider, status="wrong", note="differs from the float64 result", **checked))
             continue
-        errors.setdefault(one.group, error)
+        errors.setdefault(work.group, error)
         calls, timed = calls_for(work.run, settings), {"seconds": work.run}
         if settings.cuda:
             try:
-                timed["graph_seconds"] = capture(work.run, one.no_capture)
+                timed["graph_seconds"] = capture(work.run, work.no_capture)
             except Unavailable as reason:
-                rows.append(point.absent(one.provider, reason, "graph_seconds"))
-        entries.append(_Entry(one, work, calls, checked, one.positions or positions, timed, {m: [] for m in timed}))
+                rows.append(point.absent(provider, reason, "graph_seconds"))
+        handled = work.positions or positions
+        entries.append(_Entry(provider, work, calls, checked, handled, timed, {metric: [] for metric in timed}))
 
     order = random.Random(0)
     for _ in rounds(settings):
@@ -350,7 +348,7 @@ def compare(
             for metric, run in entry.timed.items():
                 entry.samples[metric].append(sample(run, entry.calls, settings.device))
 
-    base = next((entry for entry in entries if entry.competitor.provider == baseline), None)
+    base = next((entry for entry in entries if entry.provider == baseline), None)
     return [row for entry in entries for row in _rows(entry, base, point, settings, memory)] + rows
 
 
@@ -364,7 +362,7 @@ def rounds(settings: Settings) -> Iterator[int]:
 
 
 def _rows(entry: _Entry, base: _Entry | None, point: Row, settings: Settings, memory: bool) -> Iterator[Row]:
-    row: Callable[..., Row] = partial(point.row, entry.competitor.provider, **entry.checked)
+    row: Callable[..., Row] = partial(point.row, entry.provider, **entry.checked)
     found = {metric: statistics(samples) for metric, samples in entry.samples.items()}
     for metric, numbers in found.items():
         yield row(metric, "s", **numbers)
@@ -372,7 +370,7 @@ def _rows(entry: _Entry, base: _Entry | None, point: Row, settings: Settings, me
         seconds, turned = found["seconds"], zip(QUANTILES, reversed(QUANTILES), strict=True)  # the fastest is shortest
         yield row("positions_per_second", "1/s", **seconds | {q: entry.positions / seconds[p] for q, p in turned})
     if base is not None and entry is not base:
-        yield row("speedup", "x", **speedup(entry, base), note=f"over {base.competitor.provider}")
+        yield row("speedup", "x", **speedup(entry, base), note=f"over {base.provider}")
     if settings.cuda:
         yield row("kernel_seconds", "s", median=kernel_seconds(entry.work.run))
     if memory:

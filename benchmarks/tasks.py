@@ -15,6 +15,7 @@ from __future__ import annotations
 import functools
 import importlib
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -23,7 +24,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import convwave as cw
-from benchmarks.harness import Competitor, Results, Unavailable, Work, why
+from benchmarks.harness import Results, Unavailable, Work, why
 
 MAX_AUTOTUNE = "max-autotune"
 REPLAYS = {MAX_AUTOTUNE: "replays CUDA graphs already", "graph built each step": "copies from the host in every run"}
@@ -130,35 +131,34 @@ class Network:
         result = self._over(self._copy(model or self.model, torch.float64), graph.to(self.device)).result()
         return result if self.training else {"logits": result["logits"][-last:]}
 
-    def competitor(self, provider: str) -> Competitor:
+    def make(self, provider: str) -> Work:
         """Of "windowed MLP", "the post's own classes", "padded Conv1d", "windowed graph", "dense" and "distinct".
 
         They may run "compiled", by "max-autotune", the convolution by "triton" or with its "graph built each step".
         """
         name, _, how = provider.partition(", ")
-        if name == "windowed MLP":
-            expected = None if self.windows == self.positions else self.expected(last=self.windows)
-            exact = lambda: self._torch("", torch.float64).result()  # noqa: E731
-            more: dict[str, Any] = {"exact": exact, "positions": self.windows, "expected": expected}
-            return Competitor(provider, partial(self._torch, how), no_capture=REPLAYS.get(how, ""), **more)
-        if name == "the post's own classes":  # with the post's unbiased variance, which is another function
-            post = self._copy(self.model)
-            for block in post.layers:
-                block.norm.unbiased = True
-            return Competitor(provider, partial(self._post, post), expected=self.expected(post))
-        make = self._padded if name == "padded Conv1d" else partial(self._convolution, name)
-        return Competitor(provider, partial(make, how), no_capture=REPLAYS.get(how, ""))
+        makers = {"windowed MLP": self._torch, "the post's own classes": self._post, "padded Conv1d": self._padded}
+        work = makers.get(name, partial(self._convolution, name))(how)
+        return replace(work, no_capture=REPLAYS.get(how, ""))
 
     def _torch(self, how: str, dtype: torch.dtype = torch.float32) -> Work:
         mlp = cw.to_torch(self.model).to(self.device, dtype).train(self.training)
         weights = [module.weight for module in mlp if isinstance(module, nn.Embedding | nn.Linear)]
-        return self._windows(compiled(mlp, how), mlp.parameters(), lambda: map(grad, weights))
+        work = self._windows(compiled(mlp, how), mlp.parameters(), lambda: map(grad, weights))
+        expected = None if self.windows == self.positions else self.expected(last=self.windows)
+        exact = lambda: self._torch("", torch.float64).result()  # noqa: E731
+        return replace(work, exact=exact, positions=self.windows, expected=expected)
 
-    def _post(self, model: cw.ConvWave) -> Work:
+    def _post(self, how: str) -> Work:
+        """With the post's unbiased variance, which is another function."""
+        model = self._copy(self.model)
+        for block in model.layers:
+            block.norm.unbiased = True
         mlp = cw.to_windowed(model).to(self.device).train(self.training)
         linear = [layer.weight for layer in mlp.layers if isinstance(layer, cw.reference.Linear)]
         parameters = list(mlp.parameters())
-        return self._windows(mlp, parameters, lambda: [grad(parameters[0]), *(grad(w).T for w in linear)])
+        work = self._windows(mlp, parameters, lambda: [grad(parameters[0]), *(grad(w).T for w in linear)])
+        return replace(work, expected=self.expected(model))
 
     def _windows(self, call: Callable[[Tensor], Tensor], parameters: Iterable[Tensor], gradients: Gradients) -> Work:
         windows = cw.reference.build_windows(self.packed, self.model.context)
@@ -171,7 +171,7 @@ class Network:
         model = self._copy(self.model, backend="triton" if how == "triton" else "eager")
         build = lambda: BUILD[kind](self.packed, factors=model.factors).to(self.device)  # noqa: E731
         work = self._over(model, build(), how)
-        return work._replace(run=lambda: self._over(model, build()).run()) if how == "graph built each step" else work
+        return replace(work, run=lambda: self._over(model, build()).run()) if how == "graph built each step" else work
 
     def _over(self, model: cw.ConvWave, graph: cw.Graph, how: str = "") -> Work:
         def gradients() -> Iterable[Tensor]:
@@ -316,32 +316,24 @@ class Stack:
         """The network in a dtype, its weights rounded to the task's dtype first."""
         return copied(self._model, self.x.to(dtype), self.training, **changes)
 
-    def competitor(self, provider: str) -> Competitor:
+    def make(self, provider: str) -> Work:
         """Of "two shifted matmuls", "Conv1d + BatchNorm1d + tanh", "pytorch-tcn" and "convwave".
 
         They may run "compiled" or by "max-autotune", Conv1d by cudnn's "deterministic" algorithms, convwave by "eager",
         "triton" or "triton, ieee".
         """
         name, _, how = provider.partition(", ")
-        if name == "two shifted matmuls":
-            exact = lambda: self._matmul("", torch.float64).result()  # noqa: E731
-            return Competitor(
-                provider,
-                partial(self._matmul, how, self.dtype),
-                self.dtype,
-                exact=exact,
-                no_capture=REPLAYS.get(how, ""),
-            )
-        make = {"convwave": self._convwave, "pytorch-tcn": self._pytorch_tcn}.get(name, self._conv1d)
-        return Competitor(provider, partial(make, how), self.dtype, no_capture=REPLAYS.get(how, ""))
+        makers = {"two shifted matmuls": self._matmul, "convwave": self._convwave, "pytorch-tcn": self._pytorch_tcn}
+        return replace(makers.get(name, self._conv1d)(how), dtype=self.dtype, no_capture=REPLAYS.get(how, ""))
 
-    def _matmul(self, how: str, dtype: torch.dtype) -> Work:
-        stack = ShiftedMatmulStack(self.model(dtype))
+    def _matmul(self, how: str, dtype: torch.dtype | None = None) -> Work:
+        stack = ShiftedMatmulStack(self.model(dtype or self.dtype))
 
         def gradients() -> list[Tensor]:
             return [torch.stack([grad(a).T, grad(b).T], 2) for a, b in zip(stack.older, stack.newer, strict=True)]
 
-        return self._work(compiled(stack, how), stack, gradients, dtype)
+        work = self._work(compiled(stack, how), stack, gradients, dtype or self.dtype)
+        return replace(work, exact=lambda: self._matmul("", torch.float64).result())
 
     def _conv1d(self, how: str, **other: Any) -> Work:
         stack, cudnn = Conv1dStack(self.model(self.dtype), **other), torch.backends.cudnn
@@ -356,7 +348,7 @@ class Stack:
             finally:
                 cudnn.deterministic = before
 
-        return work._replace(run=run) if how == "deterministic" else work
+        return replace(work, run=run) if how == "deterministic" else work
 
     def _pytorch_tcn(self, how: str) -> Work:
         """The causal convolution of the package pytorch-tcn, where it is installed; it pads by itself."""

@@ -11,6 +11,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 from html.parser import HTMLParser
 from pathlib import Path
 from types import SimpleNamespace
@@ -57,7 +58,7 @@ TRUTH = {"y": torch.linspace(1, 2, 7, dtype=torch.float64)}
 def competitor(name: str, run: Callable[[], Any] = lambda: None, error: float = 0.0, **more: Any) -> Competitor:
     """One whose result has this relative error."""
     result = {"y": (TRUTH["y"] * (1 + error)).float()}
-    return Competitor(name, lambda: Work(run, lambda: result), **more)
+    return name, lambda: Work(run, lambda: result, **more)
 
 
 def must_not_run() -> None:
@@ -189,7 +190,7 @@ def test_other_shapes_and_names_are_wrong() -> None:
         relative_error({"y": torch.ones(3)}, TRUTH)
     with pytest.raises(ValueError, match=r"expected shapes \{'y'"):
         relative_error({"z": torch.ones(7)}, TRUTH)
-    odd = Competitor("odd", lambda: Work(must_not_run, lambda: {"y": torch.ones(3)}))
+    odd = ("odd", lambda: Work(must_not_run, lambda: {"y": torch.ones(3)}))
     assert only(compare([odd], TRUTH, HERE, FAST), "odd")["status"] == "wrong"
 
 
@@ -200,7 +201,7 @@ def test_who_cannot_run_says_why_and_the_others_go_on() -> None:
     def broken() -> Work:
         raise KeyError("oops")
 
-    trio = [Competitor("absent", unavailable), Competitor("broken", broken), competitor("there")]
+    trio = [("absent", unavailable), ("broken", broken), competitor("there")]
     rows = compare(trio, TRUTH, HERE, FAST, memory=False)
     assert (only(rows, "absent")["status"], only(rows, "absent")["note"]) == ("not measured", "is not installed")
     assert "KeyError" in only(rows, "broken")["note"]
@@ -269,7 +270,7 @@ def test_all_who_evaluate_the_network_agree(words: cw.Words, training: bool) -> 
     plan = Plan(words=words.words, quick=True)
     task = Network(plan.names(24), plan.network(6, 8), training, "cpu")
     providers = dict.fromkeys(name for name in names.PROVIDERS + train.PROVIDERS if "triton" not in name)
-    rivals = map(task.competitor, providers)
+    rivals = [(name, partial(task.make, name)) for name in providers]
     rows = compare(rivals, task.expected(), HERE, FAST, memory=False)
     status = {row["provider"]: row["status"] for row in rows if row["metric"] == "seconds"}
     assert status.pop("padded Conv1d") == ("not measured" if training else "ok")
@@ -280,22 +281,24 @@ def test_all_who_evaluate_the_network_agree(words: cw.Words, training: bool) -> 
 def test_the_last_windows_alone_are_as_correct_and_count_as_that_many(words: cw.Words, training: bool) -> None:
     plan = Plan(words=words.words, quick=True)
     task = Network(plan.document(60), plan.network(6, 8, 4), training, "cpu", windows=10)
-    pair = [task.competitor("windowed MLP"), task.competitor("dense")]
+    pair = [(name, partial(task.make, name)) for name in ("windowed MLP", "dense")]
     odd = replace(FAST, rounds=5)  # the median is one of them
     rows = compare(pair, task.expected(), HERE, odd, positions=60, baseline="windowed MLP", memory=False)
     assert {row["status"] for row in rows} == {"ok"}
     rate, seconds = (only(rows, "windowed MLP", metric) for metric in ("positions_per_second", "seconds"))
     assert rate["median"] == pytest.approx(10 / seconds["median"])
     wrong = Network(plan.document(60), plan.network(6, 8, 4), training, "cpu")
-    few, all_of_them = (one.competitor("windowed MLP") for one in (task, wrong))
-    (row,) = compare([replace(all_of_them, expected=few.expected)], {}, HERE, FAST, memory=False)
+    few, all_of_them = (one.make("windowed MLP") for one in (task, wrong))
+    mixed = replace(all_of_them, expected=few.expected)
+    (row,) = compare([("windowed MLP", lambda: mixed)], {}, HERE, FAST, memory=False)
     assert row["status"] == "wrong"
 
 
 @pytest.mark.parametrize("training", [True, False])
 def test_all_who_compute_the_stack_agree(training: bool) -> None:
     task = Stack(2, 13, 16, 3, torch.float32, training, "cpu")
-    rows = compare(map(task.competitor, width.PROVIDERS), task.expected(), HERE, FAST, memory=False)
+    rivals = [(name, partial(task.make, name)) for name in width.PROVIDERS]
+    rows = compare(rivals, task.expected(), HERE, FAST, memory=False)
     status = {row["provider"]: row["status"] for row in rows if row["metric"] == "seconds"}
     assert status.pop("pytorch-tcn") in ("ok", "not measured")
     assert set(status.values()) == {"ok"}, status
@@ -305,9 +308,9 @@ def test_all_who_compute_the_stack_agree(training: bool) -> None:
 def test_every_rung_of_the_ladder_is_correct(name: str) -> None:
     task = ladder.Ladder(name, 2, 13, 16, 1 if name == "tiles" else 2, torch.float32, True, "cpu")
     expected = task.expected()
-    error = relative_error(task.competitor("PyTorch").make().result(), expected)
+    error = relative_error(task.make("PyTorch").result(), expected)
     for rung in list(task.rungs)[:4]:
-        got = relative_error(task.competitor(rung).make().result(), expected)
+        got = relative_error(task.make(rung).result(), expected)
         assert got <= harness.error_bound(error, torch.float32), rung
 
 
@@ -630,15 +633,17 @@ def test_bad_use_is_one_line(arguments: list[str], named: str, capsys) -> None:
     assert re.search(named, captured.err)
 
 
-def test_one_study_through_the_command(tmp_path: Path, words: cw.Words, capsys) -> None:
+def test_studies_through_the_command(tmp_path: Path, words: cw.Words, capsys) -> None:
     data = tmp_path / "few.txt"
     data.write_text("\n".join(words.words[:300]))
-    arguments = ["launches", "--quick", "--data", str(data), "--out", str(tmp_path / "out"), "--json"]
-    assert command.main(arguments) == 0
+    names = ["launches", "train", "roofline"]
+    assert command.main([*names, "--quick", "--data", str(data), "--out", str(tmp_path / "out"), "--json"]) == 0
     captured = capsys.readouterr()
     assert captured.out.count("\n") == 1
-    rows = json.loads(captured.out)["studies"]["launches"]["rows"]
-    assert {row["unit"] for row in rows} == {"kernels" if rows[0]["device"] != "cpu" else "operators"}
+    rows = [row for study in json.loads(captured.out)["studies"].values() for row in study["rows"]]
+    assert {row["status"] for row in rows} == {"ok"}
+    metrics = {"launches", "seconds", "positions_per_second", "speedup", "peak_bytes", "bytes_per_position", "fraction"}
+    assert metrics <= {row["metric"] for row in rows}
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -69,9 +69,10 @@ class Plan(Settings):
         def measure(point: Row) -> list[Row]:
             with numeric_flags(precision):
                 task = make()
-                chosen = [task.competitor(name) for name in providers if not any(word in name for word in absent)]
+                chosen = (name for name in providers if not any(word in name for word in absent))
+                makers = [(name, functools.partial(task.make, name)) for name in chosen]
                 numbers = {"positions": task.positions, "baseline": baseline}
-                return after(task, point, compare(chosen, task.expected(), point, self, **numbers))
+                return after(task, point, compare(makers, task.expected(), point, self, **numbers))
 
         return Step(point, measure)
 

@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.harness import PRECISIONS, Competitor, Results, Work
+from benchmarks.harness import PRECISIONS, Results, Work
 from benchmarks.studies import Picture, Plan, Step
 from benchmarks.tasks import Stack, need, numbered
 
@@ -167,12 +167,9 @@ class Ladder(Stack):
     def expected(self) -> Results:
         return self.plain(self, torch.float64)()
 
-    def competitor(self, provider: str) -> Competitor:
-        def make() -> Work:
-            run = self.plain(self, self.dtype) if provider == "PyTorch" else self.rungs[provider](self)
-            return Work(run, run)
-
-        return Competitor(provider, make, self.dtype)
+    def make(self, provider: str) -> Work:
+        run = self.plain(self, self.dtype) if provider == "PyTorch" else self.rungs[provider](self)
+        return Work(run, run, dtype=self.dtype)
 
 
 def steps(plan: Plan) -> Iterator[Step]:

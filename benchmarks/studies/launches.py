@@ -26,7 +26,7 @@ def _measure(plan: Plan, training: bool, point: Row) -> list[Row]:
     rows = []
     for provider in ("windowed MLP", "dense", "distinct", *("dense, compiled", "dense, triton") * plan.cuda):
         try:
-            run = task.competitor(provider).make().run
+            run = task.make(provider).run
             count, unit = (len(kernel_launches(run, 1)), "kernels") if plan.cuda else (operators(run), "operators")
             rows.append(point.row(provider, "launches", unit, median=float(count)))
         except Unavailable as reason:

@@ -17,7 +17,6 @@ import torch
 
 from benchmarks.harness import (
     PRECISIONS,
-    Competitor,
     Row,
     Unavailable,
     Work,
@@ -97,16 +96,13 @@ def _measure(plan: Plan, channels: int, precision: str, point: Row) -> list[Row]
     left, right = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
     target, out = torch.empty_like(source), torch.empty_like(left)
     ceilings = {"copy": lambda: target.copy_(source), "product": lambda: torch.mm(left, right, out=out)}
-    competitors = [
-        Competitor(name, partial(Work, run, dict), expected={}, group=name) for name, run in ceilings.items()
-    ]
+    competitors = [(name, partial(Work, run, dict, expected={}, group=name)) for name, run in ceilings.items()]
     costs = {}
     train, evaluate = (Stack(batch, length, channels, 1, dtype, mode, device) for mode in (True, False))
     for mode, task, cost in (("train", train, level_train(*shape)), ("eval", evaluate, level_eval(*shape))):
         for who in ("eager", *["triton"] * plan.cuda, *["two shifted matmuls"] * (mode == "eval")):
             provider = f"level, {mode}, {who}"
-            one = task.competitor(who if "matmul" in who else f"convwave, {who}")
-            competitors.append(replace(one, provider=provider, expected=task.expected(), group=provider))
+            competitors.append((provider, partial(_alone, task, who if "matmul" in who else f"convwave, {who}")))
             costs[provider] = cost
     with numeric_flags(precision):
         rows = compare(competitors, {}, point, plan, memory=False)
@@ -123,12 +119,17 @@ def _measure(plan: Plan, channels: int, precision: str, point: Row) -> list[Row]
     return rows
 
 
+def _alone(task: Stack, provider: str) -> Work:
+    """With an error bound of its own: the tasks differ."""
+    return replace(task.make(provider), expected=task.expected(), group=f"{provider}, {task.training}")
+
+
 def _kernels(
     point: Row, task: Stack, shape: tuple[int, int, int, int, int], rows: list[Row]
 ) -> Iterator[tuple[str, float, Cost]]:
     """The library's kernels one by one, as the profiler times them within a training step; adds their times to rows."""
     try:
-        launched = kernel_launches(task.competitor("convwave, triton").make().run, 20)
+        launched = kernel_launches(task.make("convwave, triton").run, 20)
     except Unavailable as reason:
         rows.append(point.absent("kernels", reason))
         return

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import convwave as cw
-from benchmarks.harness import Competitor, Results
+from benchmarks.harness import Results, Work
 from benchmarks.studies import Picture, Plan, Step
 from benchmarks.tasks import Network, compiled, inference
 
@@ -41,15 +41,11 @@ class Reading:
     def expected(self) -> Results:
         return {"logits": self._last}
 
-    def competitor(self, provider: str) -> Competitor:
+    def make(self, provider: str) -> Work:
         """Of "windowed MLP", which may be "compiled", "dense, no cache" and "cached"."""
         name, _, how = provider.partition(", ")
-        readers: dict[str, Callable[[], Callable[[], Tensor]]] = {
-            "windowed MLP": partial(self._windowed, how),
-            "dense": self._dense,
-            "cached": self._cached,
-        }
-        return Competitor(provider, lambda: inference(readers[name](), lambda out: {"logits": out}))
+        readers = {"windowed MLP": self._windowed, "dense": self._dense, "cached": self._cached}
+        return inference(readers[name](how), lambda out: {"logits": out})
 
     def _windowed(self, how: str) -> Callable[[], Tensor]:
         call = compiled(cw.to_torch(self.model).to(self.tokens.device).eval(), how)
@@ -57,7 +53,7 @@ class Reading:
         windows = [padded[:, t : t + self.model.context] for t in range(CHARACTERS)]
         return lambda: [call(window) for window in windows][-1]
 
-    def _cached(self) -> Callable[[], Tensor]:
+    def _cached(self, how: str) -> Callable[[], Tensor]:
         columns = list(self.tokens.T)
 
         def read() -> Tensor:
@@ -66,7 +62,7 @@ class Reading:
 
         return read
 
-    def _dense(self) -> Callable[[], Tensor]:
+    def _dense(self, how: str) -> Callable[[], Tensor]:
         """All that was read up to then, again for every letter."""
         texts = [cw.pack_ids(self.tokens[:, 1 : t + 1].tolist()) for t in range(CHARACTERS)]
         graphs = [cw.dense_graph(packed, factors=self.model.factors).to(self.tokens.device) for packed in texts]
