@@ -87,7 +87,8 @@ def _cells(rows: Rows) -> list[str]:
     shown = failed[0]["status"] if failed else ""
     if "seconds" in by:
         value, unit = si(by["seconds"]["median"], "s").split()
-        low, high = (f"{float(value) * by['seconds'][q] / by['seconds']['median']:.3g}" for q in ("p05", "p95"))
+        low, high = (float(value) * by["seconds"][q] / by["seconds"]["median"] for q in ("p05", "p95"))
+        low, high = (f"{end:.0f}" if end >= 1000 else f"{end:.3g}" for end in (low, high))
         shown = f"{value} ({low} to {high}) {unit}{mark}"
     columns = [si(by[m]["median"], unit) + mark if m in by else "" for m, (_, unit) in COLUMNS.items()]
     more = [BEFORE.get(m, "") + si(by[m]["median"], by[m]["unit"]) for m in SHARED if m in by]
@@ -102,7 +103,9 @@ def show(document: Document, console: Console) -> None:
     shown = [i for i, name in enumerate(head) if name not in ("B/position", "note")]  # too wide for a terminal
     kept, *rest = [[line[i] for i in shown] for line in [head, *lines]]
     title = f"{document['study']} on {document['provenance']['device']}"
-    console.print(table(title, kept, rest), width=min(console.width, WIDTH))
+    shown_table = table(title, kept, rest)
+    shown_table.columns[1].no_wrap = True
+    console.print(shown_table, width=min(console.width, WIDTH))
     for reason in dict.fromkeys(line[-1] for line in lines if head[-1] == "note" and line[-1]):
         console.print(f"{', '.join(dict.fromkeys(line[0].strip() for line in lines if line[-1] == reason))}: {reason}")
     if document["noisy"]:

@@ -1,4 +1,4 @@
-"""Which graph to evaluate on, told beforehand by one rule: the graph with the fewest rows.
+"""Which graph to evaluate on, by one rule, known beforehand: the graph with the fewest rows.
 
 The rows are counted on the graphs: of every level they are N * 2^(L-l-1) in a windowed graph, N in a dense one, and in
 a distinct one as many as the text has different contexts.
