@@ -41,19 +41,8 @@ def run_studies(
 ) -> list[Document]:
     """Run studies one after the other; ``STUDY.json`` is written after every step, then ``STUDY.png``.
 
-    Args:
-        names: of studies.
-        words: of the vocabulary and the batches.
-        out: folder of the files.
-        console: for people.
-        device: "cpu", "cuda", ...
-        quick: small sizes, few samples, nothing compiled.
-        budget: seconds for all studies, of which each gets an equal share of what is left when it begins; what does
-            not fit is recorded as not measured.
-        resume: pass over studies that `out` holds complete, of the same device and sizes.
-
-    Returns:
-        The documents as they were written.
+    The options are those of the command. Each study gets an equal share of what is left of the budget, in seconds, when
+    it begins; what does not fit is recorded as not measured. Returns the documents as they were written.
     """
     names = [name for name in names if not (resume and _is_done(out, name, device, quick, console))]
     options = f"--device {device} --threads {torch.get_num_threads()}" + " --quick" * quick
