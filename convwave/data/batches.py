@@ -245,16 +245,26 @@ class ContextBatches(Parts):
         self, sampler: ContextSampler, graph: Graph, vocab_size: int, dtype: torch.dtype = torch.float32
     ) -> None:
         super().__init__(graph, vocab_size, dtype)
-        self._sampler = sampler
-        self._targets, self._weights = _target_counts(graph, vocab_size, dtype), graph.weights[-1].to(dtype)
+        self._sampler, self._weights = sampler, graph.weights[-1].to(dtype)
+        rows = torch.arange(graph.num_rows) if graph.target_rows is None else graph.target_rows
+        rows, order = rows.sort(stable=True)
+        self._ids, self._counts = graph.target_ids[order], graph.target_counts[order].to(dtype)
+        self._starts = torch.searchsorted(rows, torch.arange(graph.num_rows + 1))  # of each row's targets
 
     def __call__(self, step: int) -> Batch:
         """The batch of a step."""
         kept, scale = self._sampler(step)
-        scale = scale.to(self.dtype)
+        scale, columns = scale.to(self.dtype), padded(self.vocab_size)
         weights = self._weights.index_select(0, kept).mul_(scale)
-        targets = self._targets.index_select(0, kept).mul_(scale[:, None])
-        return self.part(kept, weights, float(weights.sum()), targets)
+        starts = self._starts.index_select(0, kept)
+        number = self._starts.index_select(0, kept + 1).sub_(starts)
+        row = torch.repeat_interleave(number)
+        entry = (starts - number.cumsum(0).sub_(number)).index_select(0, row)
+        entry.add_(torch.arange(row.numel()))
+        places = (row * columns).add_(self._ids.index_select(0, entry))
+        counts = self._counts.index_select(0, entry).mul_(scale.index_select(0, row))
+        targets = torch.zeros(kept.numel() * columns, dtype=self.dtype).index_put_((places,), counts)
+        return self.part(kept, weights, float(weights.sum()), targets.view(-1, columns))
 
 
 class Plan(NamedTuple):

@@ -21,6 +21,8 @@ from torch import Tensor
 from convwave.data.words import BOUNDARY, DataError, Words
 from convwave.files import quoted
 
+_BLOCK = 2**20  # characters encoded at a time
+
 
 class Vocabulary:
     """A one-to-one map between characters and token ids; ``.`` is token 0.
@@ -67,14 +69,16 @@ class Vocabulary:
 
     def encode_text(self, text: str) -> Tensor:
         """Token ids (len(text),) int64 of a text in which ``.`` may occur."""
-        if not text:
-            return torch.empty(0, dtype=torch.int64)
-        code_points = torch.frombuffer(bytearray(text.encode("utf-32-le", "surrogatepass")), dtype=torch.int32).long()
-        ids = self._table[code_points.clamp(max=len(self._table) - 1)]
-        if bool((ids < 0).any()):
-            position = int((ids < 0).nonzero()[0])
-            known = quoted("".join(self.symbols))
-            raise DataError(f"character {text[position]!r} is not among the vocabulary's {len(self)}: {known}")
+        ids = torch.empty(len(text), dtype=torch.int64)
+        for start in range(0, len(text), _BLOCK):
+            block = text[start : start + _BLOCK]
+            raw = bytearray(block.encode("utf-32-le", "surrogatepass"))
+            code_points = torch.frombuffer(raw, dtype=torch.int32).clamp(max=len(self._table) - 1)
+            out = torch.index_select(self._table, 0, code_points, out=ids[start : start + _BLOCK])
+            if int(out.min()) < 0:
+                position = int((out < 0).nonzero()[0])
+                known = quoted("".join(self.symbols))
+                raise DataError(f"character {block[position]!r} is not among the vocabulary's {len(self)}: {known}")
         return ids
 
     def decode(self, ids: Iterable[int]) -> str:
@@ -150,7 +154,7 @@ def pack(words: Sequence[str], vocab: Vocabulary) -> Packed:
         ValueError: a word that contains ``.``.
     """
     # ".emma.ava" is the tokens, and the same stream shifted by one character, "emma.ava.", the targets.
-    stream = "".join(BOUNDARY + word for word in words)
+    stream = BOUNDARY + BOUNDARY.join(words) if words else ""
     tokens = vocab.encode_text(stream)
     starts = (tokens == 0).nonzero().flatten()
     if starts.numel() != len(words):
