@@ -10,7 +10,7 @@ import operator
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, Literal, TypeVar, cast
 
 import torch
@@ -51,6 +51,15 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     finally:
         for module, mode in modes:
             module.training = mode
+
+
+def on_device(device: torch.device | str = "cpu") -> AbstractContextManager[object]:
+    """New tensors are made on this device, whatever `torch.set_default_device` says.
+
+    Nothing where that is so anyway: in the context every call of torch costs a microsecond more.
+    """
+    device = torch.device(device)
+    return nullcontext() if torch.get_default_device() == device else device
 
 
 class CausalConv1d(nn.Module):
@@ -106,9 +115,13 @@ class CausalConv1d(nn.Module):
             h: (N', C) rows with `taps`; (N, C) sequences end to end with `cu_seqlens`; (B, T, C) or (B, C, T).
             taps: (k, N) rows of h, a level of a graph; then dilation and padding are not used.
 
+        With ``layout="BCT"`` and neither of them, h may also be (C, T), as for `nn.Conv1d`.
+
         Returns:
             (N, H), (B, T, H) or (B, H, T).
         """
+        if h.ndim == 2 and self.layout == "BCT" and taps is None and cu_seqlens is None:
+            return self(h[None])[0]
         rows, row, shape = _arranged(self, h, taps, None, None, cu_seqlens)
         bias = None if self.bias is None else self.bias.to(h.dtype)
         zeros = taps is None and self.padding == "zeros"
@@ -654,7 +667,7 @@ def load(path: str | os.PathLike[str], backend: str = "auto") -> ConvWave:
             raise ValueError("vocabulary, data_sha256: expected text or null")
         _check_config(config, {name: tuple(tensor.shape) for name, tensor in tensors.items()})
         vocabulary = None if symbols is None else Vocabulary(symbols)
-        with torch.random.fork_rng(devices=[]), torch.device("cpu"):
+        with torch.random.fork_rng(devices=[]), on_device("cpu"):
             model = ConvWave(**config, backend=backend, vocabulary=vocabulary)
         model.load_state_dict({name: _checked(name, tensor) for name, tensor in tensors.items()}, assign=True)
         model.to(tensors["head.weight"].dtype)

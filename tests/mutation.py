@@ -28,36 +28,32 @@ from typing import Any, NamedTuple
 ROOT = Path(__file__).resolve().parent.parent
 TABLE = ROOT / "tests/MUTANTS.md"
 GENERATED = ROOT / "tests/generated_mutants.json"  # by generate_mutants.py
+UNJUDGED = "not judged"
 SECONDS = 300  # after which a fault is taken to hang
 
-# Where to look for a fault that MUTANTS.md names no test for: by module, what is likely to see it first, then the rest.
-_FILES = (
-    "per_level graph batches generation sampling runs evaluation equivalence convert data frozen closed_form ops nn"
-)
-_FIRST = {
-    "data": "graph batches data frozen",
-    "train": "per_level frozen",
+# Where to look for a fault that MUTANTS.md names no test for: by the beginning of its module's name, test files,
+# without "test_", what is likely to see it first.
+_FILES = {
+    "data": "graph batches data frozen per_level equivalence distribution",
+    "ops.functional": "ops per_level nn equivalence",
+    "ops": "per_level equivalence nn ops closed_form",
+    "kernels": "per_level kernels",
+    "train.loop": "runs training",
+    "train": "frozen per_level training closed_form",
     "infer.generate": "generation sampling",
-    "infer.score": "evaluation per_level",
-    "convert": "nn convert",
-    "nn": "nn ops per_level frozen",
-    "ops.functional": "ops",
-    "ops.library": "ops",
+    "infer.score": "evaluation per_level training",
+    "convert": "convert nn equivalence",
+    "nn": "nn per_level ops equivalence convert",
 }
-_SLOW = ["tiers_end_at_the_same_losses"]
-_KERNELS = (
-    "tanh numbers_of_rows taps zeros very_many far_from_zero any_strides more_programs widths nobody_asks kernels"
-)
+_ALL = "per_level graph batches generation sampling runs evaluation equivalence convert data frozen closed_form ops nn"
+_SLOW = ["tiers_end_at_the_same_losses", "killed"]
 
 
 def tests_for(module: str) -> list[str]:
     """Arguments of pytest."""
-    if module.startswith("kernels"):
-        return ["tests/test_per_level.py", "tests/test_kernels.py", "-k", " or ".join(_KERNELS.split())]
-    first = next((names for prefix, names in _FIRST.items() if module.startswith(prefix)), "")
-    names = dict.fromkeys([*first.split(), *_FILES.split()])
-    schedules = "tests/test_training.py::test_schedules"
-    return [schedules, *(f"tests/test_{name}.py" for name in names), "-k", f"not ({' or '.join(_SLOW)})"]
+    names = next((names for prefix, names in _FILES.items() if module.startswith(prefix)), _ALL)
+    files = [f"tests/test_{name}.py" for name in names.split()]
+    return ["tests/test_training.py::test_schedules", *files, "-k", f"not ({' or '.join(_SLOW)})"]
 
 
 @dataclass(frozen=True)
@@ -698,6 +694,13 @@ MUTANTS += GENERATED_MUTANTS
 CONTROL = Mutant("no fault", "ops.naive", "total - 1 if unbiased", "total - 1 if unbiased")
 
 
+def generated(caught: bool = False) -> list[Mutant]:
+    """The faults that `generate_mutants.py` has drawn; with `caught` those that a test sees."""
+    entries = json.loads(GENERATED.read_text(encoding="utf-8"))
+    fields = ("name", "module", "old", "new")
+    return [Mutant(*(entry[f] for f in fields)) for entry in entries if not (caught and "survives" in entry)]
+
+
 def published() -> dict[str, str]:
     """By fault, the test that MUTANTS.md says catches it."""
     if not TABLE.exists():
@@ -734,17 +737,18 @@ class Outcome(NamedTuple):
     by: str  # the first test that failed, or what went wrong with the experiment
 
 
-def run_all(mode: str = "tests", mutants: Sequence[Mutant] = MUTANTS) -> dict[str, Outcome]:
+def run_all(mode: str = "tests", mutants: Sequence[Mutant] = MUTANTS, control: bool = True) -> dict[str, Outcome]:
     """Every fault in a process of its own, two at a time, and the control first.
 
     Args:
         mode: "tests", or "verify" for what `convwave verify` sees.
         mutants: the faults.
+        control: also all tests that are known to catch something, without a fault.
     """
     context = multiprocessing.get_context("forkserver" if hasattr(os, "fork") else "spawn")
     if hasattr(os, "fork"):  # half of what a process costs is importing these
         context.set_forkserver_preload(["torch", "torch._dynamo", "hypothesis", "pytest"])
-    planted = [CONTROL, *mutants]
+    planted = [*([CONTROL] if control else []), *mutants]
     with ThreadPool(2) as pool:
         outcomes = pool.map(lambda mutant: _apart(context, mutant, mode), planted, chunksize=1)
     return {m.name: outcome for m, outcome in zip(planted, outcomes, strict=True)}

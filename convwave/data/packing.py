@@ -37,9 +37,9 @@ class Vocabulary:
             raise ValueError("symbols: expected distinct single characters")
         self._ids = {symbol: i for i, symbol in enumerate(self.symbols)}
         # code point -> id, -1 where there is none: encodes a whole corpus with one lookup
-        code_points = torch.tensor([ord(s) for s in self.symbols])
-        self._table = torch.full((int(code_points.max()) + 2,), -1, dtype=torch.int64)
-        self._table[code_points] = torch.arange(len(self.symbols))
+        code_points = torch.tensor([ord(s) for s in self.symbols], device="cpu")
+        self._table = torch.full((int(code_points.max()) + 2,), -1, dtype=torch.int64, device="cpu")
+        self._table[code_points] = torch.arange(len(self.symbols), device="cpu")
 
     @classmethod
     def from_words(cls, words: Iterable[str]) -> Vocabulary:
@@ -68,7 +68,7 @@ class Vocabulary:
     def encode_text(self, text: str) -> Tensor:
         """Token ids (len(text),) int64 of a text in which ``.`` may occur."""
         if not text:
-            return torch.empty(0, dtype=torch.int64)
+            return torch.empty(0, dtype=torch.int64, device="cpu")
         code_points = torch.frombuffer(bytearray(text.encode("utf-32-le", "surrogatepass")), dtype=torch.int32).long()
         ids = self._table[code_points.clamp(max=len(self._table) - 1)]
         if bool((ids < 0).any()):
@@ -166,11 +166,11 @@ def pack_ids(words: Iterable[Sequence[int]]) -> Packed:
         ValueError: a negative id.
     """
     words = [list(word) for word in words]
-    tokens = torch.tensor([i for word in words for i in (0, *word)], dtype=torch.int64)
-    targets = torch.tensor([i for word in words for i in (*word, 0)], dtype=torch.int64)
+    tokens = torch.tensor([i for word in words for i in (0, *word)], dtype=torch.int64, device="cpu")
+    targets = torch.tensor([i for word in words for i in (*word, 0)], dtype=torch.int64, device="cpu")
     if tokens.numel() and int(tokens.min()) < 0:
         raise ValueError(f"words: token ids must be >= 0, got {int(tokens.min())}")
-    lengths = torch.tensor([0, *(len(word) + 1 for word in words)], dtype=torch.int64)
+    lengths = torch.tensor([0, *(len(word) + 1 for word in words)], dtype=torch.int64, device="cpu")
     return Packed(tokens, targets, lengths.cumsum(0))
 
 

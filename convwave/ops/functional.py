@@ -43,7 +43,7 @@ def conv_bn_tanh(
     `x` is one of
 
     - (N', C) rows with `taps`: one level of a graph;
-    - (N, C) rows of sequences packed end to end, with `cu_seqlens` (without it: one sequence);
+    - (N, C) rows of sequences packed end to end, with `cu_seqlens` (without it: one sequence, with ``layout="BTC"``);
     - (B, T, C) or, with ``layout="BCT"``, (B, C, T) sequences of equal length.
 
     In training mode the running statistics are updated in place. With ``padding="zeros"``, ``layout="BCT"`` and
@@ -226,6 +226,10 @@ def check_layer(
     check_options(dilation, padding, layout)
     if x.ndim not in (2, 3):
         raise ValueError(f"x: expected (N, C), (B, T, C) or (B, C, T), got shape {tuple(x.shape)}")
+    if x.ndim == 2 and layout == "BCT" and taps is None and cu_seqlens is None:
+        raise ValueError(
+            f"x: expected (B, C, T), or rows (N, C) with taps or cu_seqlens, with layout='BCT', got {tuple(x.shape)}"
+        )
     channels = x.shape[1] if x.ndim == 3 and layout == "BCT" else x.shape[-1]
     if channels != C:
         raise ValueError(f"x: expected {C} channels, as many as weight has, got {channels} in shape {tuple(x.shape)}")

@@ -135,8 +135,8 @@ class Folder:
         tensors = {
             **state.tensors,
             **{f"best.{name}": tensor for name, tensor in state.best.items()},
-            "losses": torch.tensor(state.losses, dtype=torch.float64),
-            "validation": torch.tensor(state.validation, dtype=torch.float64).view(-1, 2),
+            "losses": torch.tensor(state.losses, dtype=torch.float64, device="cpu"),
+            "validation": torch.tensor(state.validation, dtype=torch.float64, device="cpu").view(-1, 2),
         }
         names = ("config", "data_sha256", "vocabulary", "seconds", "best_step")
         write_tensors(self.state, tensors, {"format": STATE_FORMAT, **{name: getattr(state, name) for name in names}})

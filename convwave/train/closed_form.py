@@ -223,7 +223,7 @@ class MuonAdam:
         """Everything that the next step depends on, except the parameters."""
         momenta = {f"momentum.{level}": momentum for level, momentum in enumerate(self.momenta)}
         adam = {"exp_avg": self.exp_avg, "exp_avg_sq": self.exp_avg_sq}
-        return {"steps": torch.tensor(self.steps), **adam, **momenta}
+        return {"steps": torch.tensor(self.steps, device="cpu"), **adam, **momenta}
 
     def load(self, state: dict[str, Tensor]) -> None:
         """Continue from what `state` returned.

@@ -23,7 +23,7 @@ from convwave.data.packing import Corpus, Packed, Vocabulary, pack
 from convwave.data.words import Words
 from convwave.files import CheckpointError
 from convwave.infer.score import EvaluationSet, SplitLoss
-from convwave.nn import ConvWave
+from convwave.nn import ConvWave, on_device
 from convwave.runs.folder import STATE_FILE, Folder, Source, State
 from convwave.runs.plots import Point
 from convwave.train.config import Config, Diverged, Interrupted, UsageError
@@ -115,7 +115,7 @@ def fit(config: Config, train: Packed, vocabulary: Vocabulary) -> ConvWave:
         Diverged: a loss that is not finite.
     """
     run = begin(config, train, vocabulary)
-    with few_threads(config, run.model().num_parameters, train):
+    with on_device(), few_threads(config, run.model().num_parameters, train):
         for _ in blocks(run, 0, config.steps):
             pass
         return run.finish()
@@ -154,7 +154,7 @@ def train(
         Interrupted: Ctrl-C; the state is saved.
     """
     folder = None if out is None else Folder(out)
-    with nullcontext(True) if folder is None else folder.locked() as ours:
+    with on_device(), nullcontext(True) if folder is None else folder.locked() as ours:
         if not ours:
             raise UsageError(f"out: another process is training in {out}")
         if folder is not None and folder.holds_run() and not resume:

@@ -13,7 +13,7 @@ from convwave.convert import from_windowed
 from convwave.data.batches import Plan, StepReader
 from convwave.data.graph import Graph
 from convwave.data.packing import Packed, Vocabulary
-from convwave.nn import ConvWave
+from convwave.nn import ConvWave, on_device
 from convwave.train.config import Config
 from convwave.train.recipes import PUBLISHED
 
@@ -40,7 +40,7 @@ def convolution(config: Config, train: Packed, vocabulary: Vocabulary) -> tuple[
     if recipe.batch_of == "windows":  # the weights and the draws of the windowed network, number for number
         net = from_windowed(windowed_network(config, len(vocabulary), generator))
     else:
-        with torch.random.fork_rng(devices=[]):
+        with torch.random.fork_rng(devices=[]), on_device():
             torch.manual_seed(config.seed)
             net = ConvWave(len(vocabulary), config.n_embd, config.n_hidden, config.levels)
     net.vocabulary = vocabulary
