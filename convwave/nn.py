@@ -9,7 +9,7 @@ import math
 import operator
 import os
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, Literal, TypeVar, cast
 
@@ -599,6 +599,8 @@ class ConvWave(nn.Module):
         kernels = self.backend == "triton" and runs_kernels(h)
         backward = kernels and torch.is_grad_enabled() and not torch.compiler.is_compiling()
         rows = graph.rows(counted, consumers=backward)
+        if counted and not graph.all_count:
+            h = functional.without_uncounted(h, rows[0].taps, graph.weights[0])
         h = conv_stack(h, [block.level() for block in self.layers], rows, self.backend, self.precision)
         for block in self.layers:
             block.norm.count_batch()
@@ -695,6 +697,13 @@ def _check_config(config: Any, shapes: dict[str, tuple[int, ...]]) -> None:
                 raise ValueError(f"{name}: expected a number from {low:g} to {high:g}, got {value!r}")
     if not all(type(value) is bool for value in _per_level("unbiased", config["unbiased"], len(factors))):
         raise ValueError(f"unbiased: expected true or false, got {config['unbiased']!r}")
+    check_shapes(shapes, vocab_size, n_embd, widths, factors)
+
+
+def check_shapes(
+    shapes: Mapping[str, tuple[int, ...]], vocab_size: int, n_embd: int, widths: Sequence[int], factors: Sequence[int]
+) -> None:
+    """Raise ValueError or KeyError where parameters of these shapes are not those of a network of these sizes."""
     expected: dict[str, tuple[int, ...]] = {"embedding.weight": (vocab_size, n_embd)}
     for i, (below, above, factor) in enumerate(zip([n_embd, *widths], widths, factors, strict=False)):
         expected[f"blocks.{i}.conv.weight"] = (above, below, factor)

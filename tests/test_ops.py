@@ -10,7 +10,7 @@ import importlib.util
 import itertools
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import pytest
 import torch
@@ -522,7 +522,7 @@ def test_a_row_that_counts_nothing_matters_nothing(backend: str) -> None:
     mask[1, 4:] = 0
     base = cw.nn.ConvBatchNormTanh(4, 6, dilation=2, backend=backend).to(DEVICE)
     results = []
-    for filling in (0.0, float("nan"), float("inf")):
+    for filling in (0.0, float("nan"), float("inf"), 3e38):
         layer, given = copy.deepcopy(base), x.clone()
         given[1, 4:] = filling
         given.requires_grad_()
@@ -532,6 +532,46 @@ def test_a_row_that_counts_nothing_matters_nothing(backend: str) -> None:
     for other in results[1:]:
         for ours, expected in zip(other, results[0], strict=True):
             assert torch.equal(ours, expected)
+
+
+@pytest.mark.parametrize("make", GRAPHS)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_windows_that_count_nothing_matter_nothing(backend: str, make: Callable[..., cw.Graph]) -> None:
+    """A token that only uncounted windows read may have any embedding: loss, statistics and gradients are the same."""
+    packed = cw.pack_ids([[1, 2, 3, 1], [2, 4, 2], [3, 3], []]).to(DEVICE)
+    counts = torch.tensor([2, 1, 1, 3, 1, 0, 0, 0, 0, 2, 1, 1, 1], device=DEVICE)  # the second word's letters do not
+    torch.manual_seed(0)
+    base = cw.ConvWave(5, 3, [6, 4, 5], backend=backend).to(DEVICE)
+    results = []
+    for filling in (0.0, float("nan"), float("inf"), 3e38):
+        net, graph = copy.deepcopy(base), make(packed, counts=counts)
+        with torch.no_grad():
+            net.embedding.weight[4] = filling
+        loss = cw.loss(net(graph), graph)
+        loss.backward()
+        results.append([loss, *(p.grad for p in net.parameters()), *net.buffers()])
+    assert results[0][1][:4].abs().sum() > 0
+    for other in results[1:]:
+        for ours, expected in zip(other, results[0], strict=True):
+            assert torch.equal(ours, expected)
+
+
+def test_what_an_uncounted_row_predicts_does_not_matter() -> None:
+    """Logits of its own, and a token that is impossible and never occurs."""
+    packed = cw.pack_ids([[1, 2], [2]])
+    for make in GRAPHS:
+        graph = make(packed, counts=torch.tensor([1, 2, 1, 1, 0]))
+        uncounted = int((graph.weights[-1] == 0).nonzero()[0])
+        results = []
+        for filling in (0.0, float("nan"), float("inf")):
+            logits = torch.linspace(-1, 1, 4).repeat(graph.num_rows, 1)
+            logits[:, 3] = float("-inf")
+            logits[uncounted] = filling
+            logits.requires_grad_()
+            cw.loss(logits, graph).backward()
+            results.append(logits.grad)
+        assert results[0].isfinite().all()
+        assert all(torch.equal(other, results[0]) for other in results[1:])
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
