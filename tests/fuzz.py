@@ -36,7 +36,7 @@ import convwave as cw
 from convwave import cli
 from convwave.files import CheckpointError, read_tensors, write_tensors
 from convwave.nn import MODEL_FORMAT
-from convwave.runs.folder import STATE_FORMAT, Folder
+from convwave.runs.folder import MODEL_FILE, STATE_FILE, STATE_FORMAT
 from convwave.train.loop import read_config
 
 SECONDS = 20.0
@@ -165,7 +165,11 @@ class Fuzz:
         train = ["train", "--steps", "3", "--batch", "8", "--n-hidden", "6", "--n-embd", "3", "--data", str(self.text)]
         done = command(*train, "--out", str(self.run))
         assert done.status == 0, done.err or done.failure
-        self.kinds = {"model": self.run / "model.safetensors", "state": self.run / "state.safetensors"}
+        unfinished = folder / "state"
+        tensors, metadata = read_tensors(self.run / STATE_FILE, STATE_FORMAT)
+        metadata["config"]["steps"] += 1
+        write_tensors(unfinished, tensors, metadata)
+        self.kinds = {"model": self.run / MODEL_FILE, "state": unfinished}
         self.whole = {kind: path.read_bytes() for kind, path in self.kinds.items()}
         self.failures: list[str] = []
         self.seen: Counter[str] = Counter()
@@ -193,8 +197,10 @@ class Fuzz:
             if kind == "state":
                 folder = self.folder / "resumed"
                 folder.mkdir(exist_ok=True)
-                shutil.copy(self.file, folder / "state.safetensors")
-                self.note(kind, how, Case(lambda folder=folder: self._state(folder)), file=self.file)
+                for left in folder.iterdir():
+                    left.unlink()
+                shutil.copy(self.file, folder / STATE_FILE)
+                self.note(kind, how, self._state(folder, resume=i % 16 == 3), file=self.file)
                 continue
             data = ["--data", str(self.text)]
             case = command("evaluate", str(self.file), *data, "--json")
@@ -204,14 +210,13 @@ class Fuzz:
                 case = command("sample", str(self.file), "-n", "3", "--max-length", "9", *data)
             self.note(kind, how, case, file=self.file)
 
-    def _state(self, folder: Path) -> int:
-        try:
-            read_config(folder)
-            Folder(folder).load()
-        except CheckpointError as error:
-            print("convwave:", str(error).replace("\n", "|"), file=sys.stderr)
-            return 2
-        return 0
+    def _state(self, folder: Path, resume: bool) -> Case:
+        """Evaluate an interrupted run, or go on with it if it wants few steps."""
+        data = ["--data", str(self.text)]
+        if resume:
+            with contextlib.suppress(CheckpointError):
+                resume = read_config(folder).steps < 10
+        return command(*(["train", "--resume", "--out"] if resume else ["evaluate"]), str(folder), *data)
 
     def _damaged(self, kind: str) -> tuple[str, bytes]:
         how = self.random.choice(
@@ -385,6 +390,12 @@ class Fuzz:
                 value = self.random.choice(ODD if self.random.random() < 0.6 else _PLAUSIBLE)
                 if option == "--set":
                     value = self.random.choice([value, f"{self.random.choice(_FIELDS)}={value}"])
+                if option == "--recipe" and self.random.random() < 0.8:  # of a file
+                    value = str(self.folder / "recipe.toml")
+                    fields = [self.random.choice(_FIELDS) for _ in range(self.random.choice([1, 1, 2]))]
+                    values = [self.random.choice(ODD if self.random.random() < 0.6 else _PLAUSIBLE) for _ in fields]
+                    lines = [f"{f} = {v}" for f, v in zip(fields, values, strict=True) if f != "steps" or len(v) < 6]
+                    Path(value).write_bytes("\n".join(['base = "fast"', *lines]).encode(errors="surrogatepass"))
                 if "steps" in option + value and ("=" in option + value or value == str(2**31 - 1)) and len(value) > 5:
                     continue  # a long training that was asked for
                 arguments += [option, value] if option and self.random.random() < 0.9 else [option or value]

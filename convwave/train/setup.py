@@ -128,6 +128,13 @@ def network_state(net: ConvWave, reader: StepReader, optimizers: Iterable[torch.
     return tensors
 
 
+def check_like(name: str, value: Tensor, like: Tensor) -> None:
+    """Raise RuntimeError for a saved tensor of another shape or dtype than the one that it is for."""
+    if (value.shape, value.dtype) != (like.shape, like.dtype):
+        got = f"{tuple(value.shape)} of {value.dtype}"
+        raise RuntimeError(f"{name}: expected {tuple(like.shape)} of {like.dtype}, got {got}")
+
+
 def restore_network(
     state: dict[str, Tensor], net: ConvWave, reader: StepReader, optimizers: Iterable[torch.optim.Optimizer]
 ) -> None:
@@ -145,5 +152,8 @@ def restore_network(
                 values = without_prefix(f"optimizer.{names[parameter]}", state)
                 if not values and not isinstance(optimizer, torch.optim.SGD):  # which keeps nothing between steps
                     raise KeyError(f"no optimizer state of {names[parameter]}")
+                for key, value in values.items():
+                    matrix = parameter.flatten(1) if parameter.ndim > 1 and key == "momentum" else parameter  # Muon's
+                    check_like(key, value, torch.zeros((), device="cpu") if key == "step" else matrix)
                 optimizer.state[parameter] = {key: value.to(parameter.device) for key, value in values.items()}
     reader.generator.set_state(state["generator"])
