@@ -5,8 +5,8 @@
     python -m tests.fuzz --seed 7            others
 
 A failure is an exception that reaches the user, more than one line of refusal, a status that is not 0, 1, 2 or 130, a
-case that takes longer than 20 seconds, or an allocation above 1 GB (the address space is limited to that much more).
-Equal seeds and numbers give equal cases. `convwave bench`, which is a process of its own, is left out.
+case that computes for 20 seconds or waits for 300, or an allocation above 1 GB (the address space is limited to that
+much more). Equal seeds and numbers give equal cases. `convwave bench`, which is a process of its own, is left out.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ from convwave.nn import MODEL_FORMAT
 from convwave.runs.folder import MODEL_FILE, STATE_FILE, STATE_FORMAT
 from convwave.train.loop import read_config
 
-SECONDS = 20.0
+SECONDS, PATIENCE = 20.0, 300.0  # of computing, and in all: a busy machine makes nothing fail
 MOST = 2**30
 WORDS = ["anna", "berta", "carla", "dora", "emma", "frida", "gerda", "hanna"] * 20
 
@@ -116,20 +116,23 @@ class Case:
         def stop(signum: int, frame: Any) -> None:
             raise Hang
 
-        previous = signal.signal(signal.SIGALRM, stop)
-        signal.setitimer(signal.ITIMER_REAL, SECONDS)
+        timers = ((signal.ITIMER_PROF, signal.SIGPROF, SECONDS), (signal.ITIMER_REAL, signal.SIGALRM, PATIENCE))
+        previous = [signal.signal(number, stop) for _, number, _ in timers]
+        for timer, _, seconds in timers:
+            signal.setitimer(timer, seconds)
         try:
             with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
                 self.status = run()
         except SystemExit as error:
             self.status = error.code if isinstance(error.code, int) else 1
         except Hang:
-            self.failure = f"hangs, stopped after {SECONDS:g} seconds"
+            self.failure = f"hangs, stopped after {SECONDS:g} seconds of computing, or {PATIENCE:g} in all"
         except Exception:
             self.failure = traceback.format_exc(limit=-6)
         finally:
-            signal.setitimer(signal.ITIMER_REAL, 0)
-            signal.signal(signal.SIGALRM, previous)
+            for (timer, number, _), handler in zip(timers, previous, strict=True):
+                signal.setitimer(timer, 0)
+                signal.signal(number, handler)
         self.out, self.err = out.getvalue(), err.getvalue()
 
     def check(self, limited: bool = True) -> str | None:

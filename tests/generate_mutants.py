@@ -18,7 +18,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from tests.mutation import GENERATED, ROOT, UNJUDGED, Mutant, generated, run_all, source_of
+from tests.mutation import GENERATED, ROOT, UNJUDGED, Mutant, run_all, source_of
 
 # module -> how many faults are drawn
 DRAWS = {
@@ -169,7 +169,8 @@ def _compiles(text: str, mutant: Mutant) -> bool:
 def main(arguments: Sequence[str]) -> int:
     known = {entry["name"]: entry for entry in json.loads(GENERATED.read_text(encoding="utf-8"))}
     modules = [name for name in arguments if not name.startswith("--")] or list(DRAWS)
-    listed = generated()
+    fields = ("name", "module", "old", "new")
+    listed = [Mutant(*(entry[name] for name in fields)) for entry in known.values()]
     for module in modules:
         drawn = draw(module, DRAWS[module], listed)
         known = {name: entry for name, entry in known.items() if entry["module"] != module or name in names(drawn)}
