@@ -190,6 +190,8 @@ def _vectors(ours: BatchNorm, theirs: reference.BatchNorm1d | nn.BatchNorm1d) ->
     pairs = []
     for a, b in zip([*names, "num_batches_tracked"], other, strict=False):
         mine, its = getattr(ours, a), getattr(theirs, b)
+        if mine is None or its is None:
+            raise ConversionError(f"norm: expected affine parameters and running statistics on both sides, got no {b}")
         if mine.numel() != its.numel():
             raise ConversionError(f"mlp: {b} has shape {tuple(its.shape)}, expected {mine.numel()} numbers")
         pairs.append((mine, its if its.shape == mine.shape else its.view(mine.shape)))

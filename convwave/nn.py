@@ -449,7 +449,9 @@ class ConvStack(nn.Module):
             taps, consumers = functional.sequence_taps(
                 as_below, block.kernel_size, block.dilation, block.padding, cu_seqlens
             )
-            graph_rows.append(Rows(taps, first.counts, None, consumers))
+            # a view: torch.compile takes no tensor twice
+            counts = None if first.counts is None else first.counts.view_as(first.counts)
+            graph_rows.append(Rows(taps, counts, None, consumers))
         out = conv_stack(rows, [b.level() for b in blocks], graph_rows, blocks[0].backend, blocks[0].precision)
         for block in blocks:
             block.norm.count_batch()
@@ -642,7 +644,17 @@ def _check_precision(precision: str) -> str:
 
 
 def save_model(model: ConvWave, path: str | os.PathLike[str]) -> None:
-    """Write a model with its configuration and vocabulary."""
+    """Write a model with its configuration and vocabulary.
+
+    Raises:
+        ValueError: modules were put in place of others, so that the file could not be read again.
+    """
+    with on_device("meta"), torch.random.fork_rng(devices=[]):
+        expected = ConvWave(**model.config(), backend="eager").state_dict().keys()
+    if changed := expected ^ model.state_dict().keys():
+        raise ValueError(
+            f"model: expected the tensors of a ConvWave, and those alone, but {sorted(changed)[0]} differs"
+        )
     vocabulary = None if model.vocabulary is None else "".join(model.vocabulary.symbols)
     metadata = {
         "format": MODEL_FORMAT,

@@ -197,6 +197,12 @@ def test_another_text_than_the_model_was_trained_on_is_said(trained: Path, few: 
         assert last_json(captured.out)["trained_on_this_data"] is True
 
 
+def test_no_rate_is_printed_for_a_handful_of_names(trained: Path, few: Path, capsys) -> None:
+    for count, rated in ((5, False), (1000, True)):
+        assert cli.main(["sample", str(trained), "-n", str(count), "--max-length", "5", "--data", str(few)]) == 0
+        assert ("/s)" in capsys.readouterr().err) == rated
+
+
 def test_no_names_are_no_lines(trained: Path, few: Path, capsys) -> None:
     assert cli.main(["sample", str(trained), "-n", "0", "--data", str(few)]) == 0
     assert capsys.readouterr().out == ""

@@ -11,6 +11,7 @@ import itertools
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import pytest
 import torch
@@ -20,6 +21,7 @@ from torch.nn.utils import prune
 
 import convwave as cw
 from convwave.data.graph import Rows
+from convwave.data.packing import Splits
 from convwave.ops import conv_stack, library, naive
 from convwave.ops.level import Level
 from tests.helpers import disturb
@@ -611,3 +613,41 @@ def test_batch_norm_is_torchs_own() -> None:
     large = (torch.randn(100_000, 7) + 3).half()
     assert half(large).isfinite().all()
     torch.testing.assert_close(half.running_mean, 0.1 * large.float().mean(0), rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_stack_with_a_mask_compiles_whole(backend: str) -> None:
+    """Every level has the same counts."""
+    torch.manual_seed(0)
+    stack = cw.nn.ConvStack([4, 6, 5], backend=backend).to(DEVICE)
+    compiled = torch.compile(copy.deepcopy(stack), fullgraph=True, backend="aot_eager")
+    x, mask = torch.randn(2, 9, 4, device=DEVICE), torch.ones(2, 9, device=DEVICE)
+    mask[1, 5:] = 0
+    for module in (stack, compiled):
+        module(x, mask).square().sum().backward()
+    for ours, expected in zip(compiled.parameters(), stack.parameters(), strict=True):
+        torch.testing.assert_close(ours.grad, expected.grad, rtol=SINGLE, atol=SINGLE)
+
+
+def test_what_a_norm_does_not_have_is_said(tmp_path: Path) -> None:
+    """In files, conversions, generation and evaluation."""
+    vocabulary = cw.Vocabulary(".abcd")
+    for options in ({"affine": False}, {"bias": False}, {"track_running_stats": False}):
+        net = cw.ConvWave(5, 3, 6, levels=2, vocabulary=vocabulary)
+        net.layers[1].norm = cw.nn.BatchNorm(6, **options)
+        with pytest.raises(
+            ValueError, match=r"model: expected the tensors of a ConvWave.* blocks\.1\.norm\.\w+ differs"
+        ):
+            net.save(tmp_path / "m.safetensors")
+        assert not (tmp_path / "m.safetensors").exists()
+        with pytest.raises(cw.ConversionError, match="norm: expected affine parameters and running statistics"):
+            cw.to_windowed(net)
+        if "track_running_stats" not in options:
+            cw.sample(net, 2)
+            continue
+        for use in (
+            lambda net=net: cw.sample(net, 2),
+            lambda net=net: cw.EvaluationSet(Splits(["ab"], ["b"], ["a"]), vocabulary, (2, 2)).losses(net),
+        ):
+            with pytest.raises(ValueError, match="norm: expected running statistics, got one with"):
+                use()
