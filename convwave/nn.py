@@ -652,9 +652,7 @@ def save_model(model: ConvWave, path: str | os.PathLike[str]) -> None:
     with on_device("meta"), torch.random.fork_rng(devices=[]):
         expected = ConvWave(**model.config(), backend="eager").state_dict().keys()
     if changed := expected ^ model.state_dict().keys():
-        raise ValueError(
-            f"model: expected the tensors of a ConvWave, and those alone, but {sorted(changed)[0]} differs"
-        )
+        raise ValueError(f"model: expected the tensors of a ConvWave and no others, but {sorted(changed)[0]} differs")
     vocabulary = None if model.vocabulary is None else "".join(model.vocabulary.symbols)
     metadata = {
         "format": MODEL_FORMAT,

@@ -14,6 +14,7 @@ from __future__ import annotations
 import ast
 import json
 import random
+import re
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -151,8 +152,9 @@ def draw(module: str, count: int, listed: Sequence[Mutant] = ()) -> list[Mutant]
     kept = [mutant for mutant in listed if mutant.module == module and text.count(mutant.old) == 1][:count]
     found = [as_mutant(module, text, change) for change in candidates(text)]
     unique = {mutant.name: mutant for mutant in found if mutant is not None and _compiles(text, mutant)}
-    # a wrong address reads what is not there: the interpreter dies
-    unique = {name: mutant for name, mutant in unique.items() if "_ptr" not in name and "p_p" not in name}
+    # a wrong address or mask reads what is not there: the interpreter dies
+    address = re.compile(r"_ptr|p_p| in (?:[mpo]_\w+|[ij]) = ")
+    unique = {name: mutant for name, mutant in unique.items() if not address.search(name)}
     others = sorted(unique.keys() - {mutant.name for mutant in kept})
     chosen = random.Random(module).sample(others, min(count - len(kept), len(others)))
     return [*kept, *(unique[name] for name in chosen)]

@@ -31,7 +31,7 @@ ROOT = Path(__file__).resolve().parent.parent
 TABLE = ROOT / "tests/MUTANTS.md"
 GENERATED = ROOT / "tests/generated_mutants.json"  # by generate_mutants.py
 UNJUDGED = "not judged"
-SECONDS = 300  # of CPU time, after which a fault is taken to hang
+SECONDS = 150  # of CPU time, after which a fault is taken to hang
 PATIENCE = 3600  # seconds for a process that does not even compute
 
 # Where to look for a fault that MUTANTS.md names no test for: by the beginning of its module's name, test files,
@@ -790,7 +790,6 @@ MUTANTS += [
     ),
     Mutant("no memory is a traceback", "cli.main", 'return _fail("out of memory", 2)', "raise"),
     Mutant("an error has several lines", "cli.main", 'line = " ".join(message.splitlines())', "line = message"),
-    Mutant("an option has no upper bound", "cli.main", "if not low <= value <= high:", "if not low <= value:"),
     Mutant("an empty path is the folder here", "cli.main", 'if not text or "\\0" in text:', 'if "\\0" in text:'),
     Mutant("a seed has no upper bound", "train.config", "if self.seed >= 2**64:", "if False:"),
     Mutant("(C, T) is read as rows", "nn", "return self(h[None])[0]", "pass"),
