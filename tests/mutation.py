@@ -188,8 +188,8 @@ MUTANTS = [
     Mutant(
         "eps forgotten in evaluation",
         "ops.fold",
-        "level.gamma * torch.rsqrt(level.running_var + level.eps)",
-        "level.gamma * torch.rsqrt(level.running_var)",
+        "scale = level.gamma * torch.rsqrt(var + level.eps)",
+        "scale = level.gamma * torch.rsqrt(var)",
     ),
     Mutant(
         "eps forgotten in evaluation with gradients",
@@ -197,13 +197,13 @@ MUTANTS = [
         "rstd = torch.rsqrt(var + level.eps)",
         "rstd = torch.rsqrt(var)",
     ),
-    Mutant("running mean forgotten in evaluation", "ops.fold", "level.beta - level.running_mean * scale", "level.beta"),
+    Mutant("running mean forgotten in evaluation", "ops.fold", "level.beta - mean * scale", "level.beta"),
     Mutant("loss ignores the counts", "ops.functional", "nll * graph.target_counts.to(nll.dtype)", "nll"),
     Mutant(
         "loss ignores the counts of a distinct graph",
         "ops.functional",
-        "nll = counts.to(logits.dtype)",
-        "nll = counts.sign().to(logits.dtype)",
+        "counts = counts.to(logits.dtype)",
+        "counts = counts.sign().to(logits.dtype)",
     ),
     Mutant(
         "loss divided by the rows",
