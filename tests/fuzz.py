@@ -5,8 +5,8 @@
     python -m tests.fuzz --seed 7            others
 
 A failure is an exception that reaches the user, more than one line of refusal, a status that is not 0, 1, 2 or 130, a
-case that takes longer than 20 seconds, or an allocation above 1 GB (the address space is limited to that much more).
-Equal seeds and numbers give equal cases. `convwave bench`, which is a process of its own, is left out.
+case that computes for 20 seconds or waits for 300, or an allocation above 1 GB (the address space is limited to that
+much more). Equal seeds and numbers give equal cases. `convwave bench`, which is a process of its own, is left out.
 """
 
 from __future__ import annotations
@@ -36,10 +36,10 @@ import convwave as cw
 from convwave import cli
 from convwave.files import CheckpointError, read_tensors, write_tensors
 from convwave.nn import MODEL_FORMAT
-from convwave.runs.folder import STATE_FORMAT, Folder
+from convwave.runs.folder import MODEL_FILE, STATE_FILE, STATE_FORMAT
 from convwave.train.loop import read_config
 
-SECONDS = 20.0
+SECONDS, PATIENCE = 20.0, 300.0  # of computing, and in all: a busy machine makes nothing fail
 MOST = 2**30
 WORDS = ["anna", "berta", "carla", "dora", "emma", "frida", "gerda", "hanna"] * 20
 
@@ -116,20 +116,23 @@ class Case:
         def stop(signum: int, frame: Any) -> None:
             raise Hang
 
-        previous = signal.signal(signal.SIGALRM, stop)
-        signal.setitimer(signal.ITIMER_REAL, SECONDS)
+        timers = ((signal.ITIMER_PROF, signal.SIGPROF, SECONDS), (signal.ITIMER_REAL, signal.SIGALRM, PATIENCE))
+        previous = [signal.signal(number, stop) for _, number, _ in timers]
+        for timer, _, seconds in timers:
+            signal.setitimer(timer, seconds)
         try:
             with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
                 self.status = run()
         except SystemExit as error:
             self.status = error.code if isinstance(error.code, int) else 1
         except Hang:
-            self.failure = f"hangs, stopped after {SECONDS:g} seconds"
+            self.failure = f"hangs, stopped after {SECONDS:g} seconds of computing, or {PATIENCE:g} in all"
         except Exception:
             self.failure = traceback.format_exc(limit=-6)
         finally:
-            signal.setitimer(signal.ITIMER_REAL, 0)
-            signal.signal(signal.SIGALRM, previous)
+            for (timer, number, _), handler in zip(timers, previous, strict=True):
+                signal.setitimer(timer, 0)
+                signal.signal(number, handler)
         self.out, self.err = out.getvalue(), err.getvalue()
 
     def check(self, limited: bool = True) -> str | None:
@@ -165,7 +168,11 @@ class Fuzz:
         train = ["train", "--steps", "3", "--batch", "8", "--n-hidden", "6", "--n-embd", "3", "--data", str(self.text)]
         done = command(*train, "--out", str(self.run))
         assert done.status == 0, done.err or done.failure
-        self.kinds = {"model": self.run / "model.safetensors", "state": self.run / "state.safetensors"}
+        unfinished = folder / "state"
+        tensors, metadata = read_tensors(self.run / STATE_FILE, STATE_FORMAT)
+        metadata["config"]["steps"] += 1
+        write_tensors(unfinished, tensors, metadata)
+        self.kinds = {"model": self.run / MODEL_FILE, "state": unfinished}
         self.whole = {kind: path.read_bytes() for kind, path in self.kinds.items()}
         self.failures: list[str] = []
         self.seen: Counter[str] = Counter()
@@ -193,8 +200,10 @@ class Fuzz:
             if kind == "state":
                 folder = self.folder / "resumed"
                 folder.mkdir(exist_ok=True)
-                shutil.copy(self.file, folder / "state.safetensors")
-                self.note(kind, how, Case(lambda folder=folder: self._state(folder)), file=self.file)
+                for left in folder.iterdir():
+                    left.unlink()
+                shutil.copy(self.file, folder / STATE_FILE)
+                self.note(kind, how, self._state(folder, resume=i % 16 == 3), file=self.file)
                 continue
             data = ["--data", str(self.text)]
             case = command("evaluate", str(self.file), *data, "--json")
@@ -204,14 +213,13 @@ class Fuzz:
                 case = command("sample", str(self.file), "-n", "3", "--max-length", "9", *data)
             self.note(kind, how, case, file=self.file)
 
-    def _state(self, folder: Path) -> int:
-        try:
-            read_config(folder)
-            Folder(folder).load()
-        except CheckpointError as error:
-            print("convwave:", str(error).replace("\n", "|"), file=sys.stderr)
-            return 2
-        return 0
+    def _state(self, folder: Path, resume: bool) -> Case:
+        """Evaluate an interrupted run, or go on with it if it wants few steps."""
+        data = ["--data", str(self.text)]
+        if resume:
+            with contextlib.suppress(CheckpointError):
+                resume = read_config(folder).steps < 10
+        return command(*(["train", "--resume", "--out"] if resume else ["evaluate"]), str(folder), *data)
 
     def _damaged(self, kind: str) -> tuple[str, bytes]:
         how = self.random.choice(
@@ -385,6 +393,12 @@ class Fuzz:
                 value = self.random.choice(ODD if self.random.random() < 0.6 else _PLAUSIBLE)
                 if option == "--set":
                     value = self.random.choice([value, f"{self.random.choice(_FIELDS)}={value}"])
+                if option == "--recipe" and self.random.random() < 0.8:  # of a file
+                    value = str(self.folder / "recipe.toml")
+                    fields = [self.random.choice(_FIELDS) for _ in range(self.random.choice([1, 1, 2]))]
+                    values = [self.random.choice(ODD if self.random.random() < 0.6 else _PLAUSIBLE) for _ in fields]
+                    lines = [f"{f} = {v}" for f, v in zip(fields, values, strict=True) if f != "steps" or len(v) < 6]
+                    Path(value).write_bytes("\n".join(['base = "fast"', *lines]).encode(errors="surrogatepass"))
                 if "steps" in option + value and ("=" in option + value or value == str(2**31 - 1)) and len(value) > 5:
                     continue  # a long training, as asked for
                 arguments += [option, value] if option and self.random.random() < 0.9 else [option or value]

@@ -127,6 +127,9 @@ def test_left_and_right_of_the_dense_graph() -> None:
     assert graph.left[0].tolist() == [0, 0, 1, 2, 4, 5, 5]
     assert graph.left[1].tolist() == [0, 0, 0, 1, 4, 5, 5]
     assert all(right.tolist() == list(range(7)) for right in graph.right)
+    fours = cw.dense_graph(cw.pack_ids([[1, 2, 3], [4, 5]]), factors=(4, 2))
+    assert fours.left[0].tolist() == [0, 0, 0, 0, 4, 4, 4]
+    assert all(right.tolist() == list(range(7)) for right in fours.right)
 
 
 def test_a_context_of_4096_tokens() -> None:

@@ -97,6 +97,7 @@ class Graph:
         target_counts: (M,) float64, how often each is predicted.
         target_rows: (M,) int64, top row of each target; None where target m belongs to row m.
         inverse: (N,) int64, top row of each packed position; None where it is the position itself.
+        all_count: whether every row is known to count; where not, what uncounted rows hold is kept from mattering.
     """
 
     kind: Kind
@@ -109,6 +110,7 @@ class Graph:
     target_counts: Tensor
     target_rows: Tensor | None = None
     inverse: Tensor | None = None
+    all_count: bool = False
 
     @property
     def levels(self) -> int:
@@ -182,13 +184,14 @@ class Graph:
 
 def _flatten(graph: Graph) -> tuple[list[Any], tuple[Any, ...]]:
     tensors = (graph.tokens, graph.taps, graph.weights, graph.target_ids, graph.target_counts)
-    return [*tensors, graph.target_rows, graph.inverse], (graph.kind, graph.factors, graph.totals)
+    return [*tensors, graph.target_rows, graph.inverse], (graph.kind, graph.factors, graph.totals, graph.all_count)
 
 
 def _unflatten(children: Any, context: tuple[Any, ...]) -> Graph:
     tokens, taps, weights, target_ids, target_counts, target_rows, inverse = children
-    kind, factors, totals = context
-    return Graph(kind, factors, tokens, taps, weights, totals, target_ids, target_counts, target_rows, inverse)
+    kind, factors, totals, all_count = context
+    targets = (target_ids, target_counts, target_rows)
+    return Graph(kind, factors, tokens, taps, weights, totals, *targets, inverse, all_count)
 
 
 def _flatten_with_keys(graph: Graph) -> tuple[list[Any], tuple[Any, ...]]:
@@ -206,7 +209,7 @@ register_pytree_node(
     serialized_type_name="convwave.data.graph.Graph",
     flatten_with_keys_fn=_flatten_with_keys,
     to_dumpable_context=list,
-    from_dumpable_context=lambda given: (given[0], tuple(given[1]), tuple(given[2])),
+    from_dumpable_context=lambda given: (given[0], tuple(given[1]), tuple(given[2]), given[3]),
 )
 
 
@@ -400,9 +403,9 @@ def _graph(
     totals = [float(counts.sum())]
     for factor in reversed(factors[1:]):
         totals.insert(0, totals[0] * factor)
-    if target_counts is None:
-        target_counts = counts
-    return Graph(kind, factors, tokens, taps, weights, tuple(totals), target_ids, target_counts, target_rows, inverse)
+    targets = (target_ids, counts if target_counts is None else target_counts, target_rows)
+    all_count = bool((counts > 0).all())
+    return Graph(kind, factors, tokens, taps, weights, tuple(totals), *targets, inverse, all_count)
 
 
 def _check(

@@ -39,9 +39,9 @@ class Vocabulary:
             raise ValueError("symbols: expected distinct single characters")
         self._ids = {symbol: i for i, symbol in enumerate(self.symbols)}
         # code point -> id, -1 where there is none: encodes a whole corpus with one lookup
-        code_points = torch.tensor([ord(s) for s in self.symbols])
-        self._table = torch.full((int(code_points.max()) + 2,), -1, dtype=torch.int64)
-        self._table[code_points] = torch.arange(len(self.symbols))
+        code_points = torch.tensor([ord(s) for s in self.symbols], device="cpu")
+        self._table = torch.full((int(code_points.max()) + 2,), -1, dtype=torch.int64, device="cpu")
+        self._table[code_points] = torch.arange(len(self.symbols), device="cpu")
 
     @classmethod
     def from_words(cls, words: Iterable[str]) -> Vocabulary:
@@ -69,7 +69,7 @@ class Vocabulary:
 
     def encode_text(self, text: str) -> Tensor:
         """Token ids (len(text),) int64 of a text in which ``.`` may occur."""
-        ids = torch.empty(len(text), dtype=torch.int64)
+        ids = torch.empty(len(text), dtype=torch.int64, device="cpu")
         for start in range(0, len(text), _BLOCK):
             block = text[start : start + _BLOCK]
             raw = bytearray(block.encode("utf-32-le", "surrogatepass"))
@@ -170,11 +170,11 @@ def pack_ids(words: Iterable[Sequence[int]]) -> Packed:
         ValueError: a negative id.
     """
     words = [list(word) for word in words]
-    tokens = torch.tensor([i for word in words for i in (0, *word)], dtype=torch.int64)
-    targets = torch.tensor([i for word in words for i in (*word, 0)], dtype=torch.int64)
+    tokens = torch.tensor([i for word in words for i in (0, *word)], dtype=torch.int64, device="cpu")
+    targets = torch.tensor([i for word in words for i in (*word, 0)], dtype=torch.int64, device="cpu")
     if tokens.numel() and int(tokens.min()) < 0:
         raise ValueError(f"words: token ids must be >= 0, got {int(tokens.min())}")
-    lengths = torch.tensor([0, *(len(word) + 1 for word in words)], dtype=torch.int64)
+    lengths = torch.tensor([0, *(len(word) + 1 for word in words)], dtype=torch.int64, device="cpu")
     return Packed(tokens, targets, lengths.cumsum(0))
 
 

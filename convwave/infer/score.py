@@ -63,10 +63,10 @@ class EvaluationSet:
         train = set(splits.train)
         novel = [word not in train for word in splits.val]
         start_val, start_test = len(splits.train), len(splits.train) + len(splits.val)
-        of_words = {name: torch.zeros(packed.num_words, dtype=torch.bool) for name in SPLITS}
+        of_words = {name: torch.zeros(packed.num_words, dtype=torch.bool, device="cpu") for name in SPLITS}
         of_words["train"][:start_val] = True
         of_words["val"][start_val:start_test] = True
-        of_words["novel_val"][start_val:start_test] = torch.tensor(novel, dtype=torch.bool)
+        of_words["novel_val"][start_val:start_test] = torch.tensor(novel, dtype=torch.bool, device="cpu")
         of_words["test"][start_test:] = True
         lengths = packed.cu_seqlens.diff()
         self.masks: dict[str, Tensor] = {
@@ -112,7 +112,7 @@ class Inference:
 
     def __init__(self, graph: Graph) -> None:
         self.graph = graph
-        everything = torch.arange(graph.num_rows)
+        everything = torch.arange(graph.num_rows, device=graph.tokens.device)
         parts = Parts(graph, int(graph.tokens.max()) + 1)
         self._whole = parts.part(everything, graph.weights[-1], graph.totals[-1], graph.weights[-1])
         self._buffers: dict[torch.dtype, Buffers] = {}
@@ -135,7 +135,7 @@ class Inference:
         for start, logp in self._blocks(model):
             if start == 0:
                 result = logp.new_empty(rows.numel())
-            begin, end = torch.searchsorted(rows, torch.tensor([start, start + logp.shape[0]])).tolist()
+            begin, end = torch.searchsorted(rows, rows.new_tensor([start, start + logp.shape[0]])).tolist()
             places = (rows[begin:end] - start).mul_(logp.shape[1]).add_(targets[begin:end])
             torch.index_select(logp.view(-1), 0, places, out=result[begin:end])
         return result.neg_()

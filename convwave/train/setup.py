@@ -13,7 +13,7 @@ from convwave.convert import from_windowed
 from convwave.data.batches import Plan, StepReader
 from convwave.data.graph import Graph, Rows
 from convwave.data.packing import Packed, Vocabulary
-from convwave.nn import ConvWave
+from convwave.nn import ConvWave, on_device
 from convwave.ops.level import Level, Moments, check_total, track, wide
 from convwave.ops.stack import conv
 from convwave.train.config import Config
@@ -44,7 +44,7 @@ def convolution(config: Config, train: Packed, vocabulary: Vocabulary) -> tuple[
     if recipe.batch_of == "windows":  # the weights and the draws of the windowed network, number for number
         net = from_windowed(windowed_network(config, len(vocabulary), generator))
     else:
-        with torch.random.fork_rng(devices=[]):
+        with torch.random.fork_rng(devices=[]), on_device():
             torch.manual_seed(config.seed)
             net = ConvWave(len(vocabulary), config.n_embd, config.n_hidden, config.levels)
     net.vocabulary = vocabulary
@@ -168,6 +168,13 @@ def network_state(net: ConvWave, reader: StepReader, optimizers: Iterable[torch.
     return tensors
 
 
+def check_like(name: str, value: Tensor, like: Tensor) -> None:
+    """Raise RuntimeError for a saved tensor of another shape or dtype than the one that it is for."""
+    if (value.shape, value.dtype) != (like.shape, like.dtype):
+        got = f"{tuple(value.shape)} of {value.dtype}"
+        raise RuntimeError(f"{name}: expected {tuple(like.shape)} of {like.dtype}, got {got}")
+
+
 def restore_network(
     state: dict[str, Tensor], net: ConvWave, reader: StepReader, optimizers: Iterable[torch.optim.Optimizer]
 ) -> None:
@@ -185,5 +192,8 @@ def restore_network(
                 values = without_prefix(f"optimizer.{names[parameter]}", state)
                 if not values and not isinstance(optimizer, torch.optim.SGD):  # which keeps nothing between steps
                     raise KeyError(f"no optimizer state of {names[parameter]}")
+                for key, value in values.items():
+                    matrix = parameter.flatten(1) if parameter.ndim > 1 and key == "momentum" else parameter  # Muon's
+                    check_like(key, value, torch.zeros((), device="cpu") if key == "step" else matrix)
                 optimizer.state[parameter] = {key: value.to(parameter.device) for key, value in values.items()}
     reader.generator.set_state(state["generator"])
