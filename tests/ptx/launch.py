@@ -81,6 +81,7 @@ class Launch:
         compiled: it.
         grid: programs.
         arguments: by name, without constants.
+        constants: by name.
         warps: of a program.
         report: what it met.
         seconds: of CPU.
@@ -90,6 +91,7 @@ class Launch:
     compiled: Compiled
     grid: Grid
     arguments: dict[str, Any]
+    constants: dict[str, Any]
     warps: int
     report: Report
     seconds: float
@@ -275,12 +277,14 @@ def on_emulator(
         options = {key: value for key, value in kwargs.items() if key in ("num_warps", "num_stages")}
         compiled = compile_kernel(self, arguments, options, target, patch)
         given = {name: arguments[name] for name in compiled.params}
+        constants = {name: value for name, value in arguments.items() if name not in given}
         programs: Grid = (*grid, 1, 1)[:3]
         name, seed = self.fn.__name__, how.seed + len(log.launches)
         started = time.process_time()
         report = execute(name, compiled, programs, given, replace(how, seed=seed))
         seconds = time.process_time() - started
-        log.launches.append(Launch(name, compiled, programs, given, options.get("num_warps", 4), report, seconds))
+        warps = options.get("num_warps", 4)
+        log.launches.append(Launch(name, compiled, programs, given, constants, warps, report, seconds))
 
     with (
         mock.patch.object(JITFunction, "run", run),

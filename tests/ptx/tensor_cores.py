@@ -28,7 +28,7 @@ def widened(bits: Array, kind: str) -> Array:
 
 
 def fragment_a(registers: list[Array], kind: str, warp: int) -> Array:
-    """(16, K) float64 of one warp ("Matrix Fragments for mma.m16n8k16", k8; of wgmma the same, "Register Fragments")."""
+    """(16, K) float64 of one warp ("Matrix Fragments for mma.m16n8k16"; of wgmma the same, "Register Fragments")."""
     per = 1 if kind == "tf32" else 2
     out = np.zeros((16, 2 * per * len(registers)))
     for r, register in enumerate(registers):
