@@ -15,9 +15,9 @@ import numpy as np
 
 from .memory import Buffer
 from .parse import parse
-from .races import Known
+from .races import Known, Now
 from .report import Report
-from .scalars import UNSIGNED, Array, f4, u4, u8
+from .scalars import UNSIGNED, Array, PtxError, f4, u4, u8
 from .shared import SharedBytes
 from .tensor_cores import TensorCores
 from .translate import Translation, width_of
@@ -131,20 +131,19 @@ class Cta:
         return False
 
     def arrive(self, agent: Agent, number: int, count: int) -> None:
-        """ "bar, barrier": the last to arrive lets all go on, and what one has acquired, all know.
-
-        A barrier of fewer threads than the program has orders only those that took part.
-        """
+        """ "bar, barrier": the last to arrive lets all go on, and what one has acquired, all know."""
+        report, threads = self.machine.report, self.machine.kernel.program.threads
+        if count not in (0, threads):
+            raise PtxError(f"{agent.place}: barrier of {count} of {threads} threads: not known to the interpreter")
         agent.waiting = number
         there = [other for other in self.agents if other.waiting == number]
-        report = self.machine.report
-        if sum(other.size for other in there) < (count or self.machine.kernel.program.threads):
+        if len(there) < len(self.agents):
             return
         if len({other.place for other in there}) > 1:
             report.problem("warps meet at different barrier instructions", agent.place)
-        epoch = max(other.epoch for other in self.agents) + 1
+        now = Now(agent.now.epoch + 1, 0)
         for other in there:
-            other.waiting, other.epoch = None, epoch
+            other.waiting, other.now = None, now
             for _, known in other.acquired:
                 self.known |= known
             other.acquired = []
@@ -184,6 +183,13 @@ class Agent(TensorCores):
     def barrier(self, number: int, count: int, place: str) -> None:
         self.place = place
         self.cta.arrive(self, number, count)
+
+    def warp_sync(self, place: str) -> None:
+        """ "bar.warp.sync": a barrier for the threads of a warp, for all where a program has one warp."""
+        if self.kernel.program.threads == 32:
+            self.barrier(0, 0, place)
+        else:
+            self.now = self.now._replace(sync=self.now.sync + 1)
 
     def fence(self, opcode: str) -> None:
         self.report.note("fence, taken for nothing", opcode)

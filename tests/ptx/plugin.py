@@ -2,8 +2,8 @@
 
     CONVWAVE_PTX=sm_90 python -m pytest tests/test_kernels.py
 
-A test fails on any problem that a launch of it met. Environment variables: CONVWAVE_PTX_WARPS=1 runs every warp by itself,
-CONVWAVE_PTX_SEED is that of the order of programs, CONVWAVE_PTX_OUT names a file for one line of JSON a launch.
+A test fails on any problem that its launches met. Environment variables: CONVWAVE_PTX_WARPS=1 runs every warp by
+itself, CONVWAVE_PTX_SEED is that of the order of programs, CONVWAVE_PTX_OUT names a file for one line of JSON a launch.
 """
 
 from __future__ import annotations

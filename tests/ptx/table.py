@@ -1,4 +1,4 @@
-"""The table of `make ptx`: launches, instructions, words read across programs and bytes, by kernel, target and precision."""
+"""The table of `make ptx`: launches, instructions, words across programs and bytes, by kernel, target and precision."""
 
 from __future__ import annotations
 
