@@ -31,6 +31,7 @@ from triton.runtime.jit import JITFunction
 from .machine import PLAIN, Grid, How, Kernel
 from .memory import Buffer
 from .parse import Program
+from .registers import Breach, breaches
 from .report import Report
 
 CACHE = Path(__file__).resolve().parents[2] / ".ptx_cache"
@@ -59,17 +60,20 @@ class Compiled(NamedTuple):
         kernel: its code.
         params: the arguments that are left to hand over, in order.
         outputs: those that it writes; True where they hold something before, as what atomics add to.
+        breaches: of the rules for wgmma's registers.
     """
 
     kernel: Kernel
     params: list[str]
     outputs: dict[str, bool]
+    breaches: list[Breach]
 
     @classmethod
     def of(cls, ptx: str, shared: int, params: list[str]) -> Compiled:
         kernel = Kernel(ptx, shared)
         stored, added = written_parameters(kernel.program)
-        return cls(kernel, params, {params[i]: i in added for i in sorted(stored | added)})
+        outputs = {params[i]: i in added for i in sorted(stored | added)}
+        return cls(kernel, params, outputs, breaches(kernel.program))
 
 
 @dataclass
@@ -249,6 +253,8 @@ def execute(name: str, compiled: Compiled, grid: Grid, arguments: dict[str, Any]
     )  # memory for triton itself, which kernels here do not use
     report = kernel.launch(grid, values, list(buffers.values()), how)
     if how.checks:
+        for breach in compiled.breaches:
+            report.problem(breach.what, breach.place)
         for buffer in buffers.values():
             if buffer.writable and not buffer.initialised and (name, buffer.name) not in PARTLY_WRITTEN:
                 missing = buffer.missing()
