@@ -35,6 +35,7 @@ class How:
         resident: programs at a time.
         truncate: tensor cores round their sums towards 0.
         checks: whether accesses are checked; values alone are faster.
+        most: instructions of all agents, after which a launch is given up as endless.
     """
 
     seed: int = 0
@@ -42,6 +43,7 @@ class How:
     resident: int = 4
     truncate: bool = False
     checks: bool = True
+    most: int = 10**9
 
 
 PLAIN = How()
@@ -70,7 +72,7 @@ class Kernel:
             how: order and checks.
 
         Raises:
-            PtxError: what a GPU would trap on, or an instruction that is not known.
+            PtxError: what a GPU would trap on, an instruction that is not known, or too many instructions.
         """
         machine = Machine(self, grid, arguments, buffers, how)
         rng, live = machine.rng, list[Cta]()
@@ -93,7 +95,7 @@ class Machine:
         self, kernel: Kernel, grid: Grid, arguments: Sequence[Any], buffers: Sequence[Buffer], how: How
     ) -> None:
         self.kernel, self.grid = kernel, grid
-        self.by_warp, self.checks, self.truncate = how.by_warp, how.checks, how.truncate
+        self.by_warp, self.checks, self.truncate, self.most = how.by_warp, how.checks, how.truncate, how.most
         self.rng = random.Random(how.seed)
         self.report = Report()
         self.buffers = sorted(buffers, key=lambda buffer: buffer.base)
@@ -170,6 +172,10 @@ class Agent(TensorCores):
         segments, sizes = self.kernel.translation.segments, self.kernel.translation.sizes
         while True:
             self.report.instructions += sizes[self.at]
+            if self.report.instructions > self.machine.most:
+                raise PtxError(
+                    f"{self.kernel.program.name}: more than {self.machine.most} instructions: an endless loop"
+                )
             self.at = segments[self.at](self, self.registers)
             if self.finished or self.waiting is not None or self.machine.rng.random() < 0.05:
                 return
