@@ -82,6 +82,7 @@ class Launch:
 
     Attributes:
         name: of the kernel.
+        module: that it is written in.
         compiled: it.
         grid: programs.
         arguments: by name, without constants.
@@ -94,6 +95,7 @@ class Launch:
     """
 
     name: str
+    module: str
     compiled: Compiled
     grid: Grid
     arguments: dict[str, Any]
@@ -306,7 +308,19 @@ def on_emulator(
         seconds = time.process_time() - started
         warps = options.get("num_warps", 4)
         log.launches.append(
-            Launch(name, compiled, programs, given, constants, before, its.by_warp, warps, report, seconds)
+            Launch(
+                name,
+                self.fn.__module__,
+                compiled,
+                programs,
+                given,
+                constants,
+                before,
+                its.by_warp,
+                warps,
+                report,
+                seconds,
+            )
         )
 
     with (

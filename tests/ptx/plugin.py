@@ -41,5 +41,7 @@ def compiled(request: pytest.FixtureRequest) -> Iterator[None]:
         yield
     if OUT:
         with Path(OUT).open("a", encoding="utf-8") as file:
-            file.writelines(json.dumps(row_of(launch, TARGET)) + "\n" for launch in log.launches)
+            file.writelines(
+                json.dumps(row_of(launch, TARGET)) + "\n" for launch in log.launches if ".kernels." in launch.module
+            )
     assert not log.problems(), log.summary()
