@@ -136,7 +136,8 @@ JUDGED = {
     ),
     **dict.fromkeys(
         ("a store without its mask", "a store with the opposite mask", "a store that is left out"),
-        "equivalent here: the mask holds for all lanes or none, or the lanes behind it store the same values again",
+        "equivalent here: the mask holds for all lanes or none, or other lanes hold the same values, "
+        "or a later store, behind a barrier, puts the right ones over the wrong ones",
     ),
     **dict.fromkeys(
         ("a comparison that always holds", "a comparison that never holds"),
