@@ -11,8 +11,10 @@ gfx942 those that LLVM writes into the assembly.
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import os
+import random
 import re
 import subprocess
 import sys
@@ -34,15 +36,15 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
-from convwave.data.graph import Consumers, Rows
+from convwave.data.graph import dense_graph, distinct_graph
+from convwave.data.packing import Packed, pack_ids
 from convwave.files import write_atomic
 from convwave.ops.level import Level
 from convwave.runs.registry import provenance
 
 RESULTS = Path(__file__).parent / "results/kernel_resources.json"
 WIDTHS = ((10, 68), (68, 68), (24, 27), (128, 128), (256, 256), (512, 512), (1024, 1024))
-ROWS = 2**20
-
+ROWS, MULTIPROCESSORS = 512, 2  # small enough to be executed: 4 programs a column of tiles, several tiles each
 
 NVIDIA = ("ieee", "tf32x3", "tf32", "bf16", "fp16")
 TARGETS = {  # as triton names it, what it multiplies in, the instructions of its matrix units
@@ -58,6 +60,7 @@ class Recorded(NamedTuple):
     kernel: Any
     arguments: dict[str, Any]
     options: dict[str, int]
+    grid: tuple[int, ...]
 
 
 @contextmanager
@@ -69,10 +72,11 @@ def recording(target: str) -> Iterator[list[Recorded]]:
         given = dict(zip(self.arg_names, args, strict=False)) | kwargs
         arguments = {name: value for name, value in given.items() if name in self.arg_names}
         options = {name: value for name, value in given.items() if name in ("num_warps", "num_stages")}
-        launches.append(Recorded(self, arguments, options))
+        launches.append(Recorded(self, arguments, options, (*grid, 1, 1)[:3]))
 
     is_sm_90 = mock.patch.object(configs, "has_wgmma", return_value=target == "sm_90")
-    with mock.patch.object(JITFunction, "run", run), is_sm_90:
+    few = mock.patch.object(configs, "multiprocessors", return_value=MULTIPROCESSORS)
+    with mock.patch.object(JITFunction, "run", run), is_sm_90, few:
         yield launches
 
 
@@ -88,21 +92,31 @@ def stack_launches(C: int, H: int, precision: str, target: str) -> list[Recorded
     multiplied = precision if dtype == torch.float32 else "ieee"
 
     def empty(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-        return torch.empty(shape, dtype=dtype, device="meta")
+        return torch.zeros(shape, dtype=dtype)
 
-    x, dh = empty(ROWS, C, dtype=dtype), empty(ROWS, H, dtype=dtype)
-    levels = [Level(empty(H, c, 2), empty(H), empty(H), empty(H), empty(H), training=True) for c in (C, H)]
-    fixed = [level._replace(training=False) for level in levels]
-    rows = Rows(empty(2, ROWS, dtype=torch.int64), empty(ROWS, dtype=torch.float64))
-    ranges = empty(2, 2, ROWS, dtype=torch.int64)
     with recording(target) as launches:
-        _, zs, stats = stack.stack_forward(x, levels, [rows] * 2, multiplied)
-        stack.stack_inference(x, fixed, [rows] * 2, multiplied)
         # a dense graph: each row is read by few; a distinct one: in the order of its rows, by very many
-        for order, most in ((empty(0, dtype=torch.int64), 2), (empty(2, ROWS, dtype=torch.int64), 10**6)):
-            read = rows._replace(consumers=Consumers(ranges, order, most))
-            stack.stack_backward(dh, x, levels, zs, stats, [read] * 2, multiplied)
+        for make, most in ((dense_graph, None), (distinct_graph, 10**6)):
+            graph = make(some_names(), 2)
+            rows = graph.rows(consumers=True)
+            if most:
+                rows = [r._replace(consumers=r.consumers._replace(most=most)) for r in rows if r.consumers]
+            x, dh = empty(graph.tokens.numel(), C, dtype=dtype), empty(graph.num_rows, H, dtype=dtype)
+            levels = [Level(empty(H, c, 2), empty(H), empty(H), empty(H), empty(H), training=True) for c in (C, H)]
+            fixed = [level._replace(training=False) for level in levels]
+            _, zs, stats = stack.stack_forward(x, levels, rows, multiplied)
+            stack.stack_inference(x, fixed, rows, multiplied)
+            stack.stack_backward(dh, x, levels, zs, stats, rows, multiplied)
     return launches
+
+
+@functools.cache
+def some_names() -> Packed:
+    """ROWS positions, drawn once for all."""
+    drawn, lengths = random.Random(0), []
+    while sum(lengths) + len(lengths) < ROWS:
+        lengths.append(min(drawn.randint(2, 11), ROWS - sum(lengths) - len(lengths) - 1))
+    return pack_ids([drawn.choices(range(1, 27), k=length) for length in lengths])
 
 
 _TYPES = {"float32": "fp32", "float64": "fp64", "bfloat16": "bf16", "float16": "fp16", "int64": "i64", "int32": "i32"}
