@@ -124,7 +124,7 @@ def elementwise_launch(C: int) -> Launch:
 
 # Rows of a `conv_backward` tile of 64 columns that holds the gradients of both matrices and spills nothing on sm_90, by
 # precision ("half" is bfloat16 and float16) and by channels H, rounded up; what is not here spills. With three TF32
-# products and 128 channels it is 72 to 88 bytes (16 rows), on sm_80 and gfx942 128 and more: benchmarks/LOG.md.
+# products and 128 channels it is 72 to 88 bytes (16 rows), on sm_80 at least 128: benchmarks/LOG.md.
 _FUSED_ROWS = {
     ("ieee", 64): 16,
     ("tf32x3", 64): 16,
