@@ -128,9 +128,8 @@ def test_what_the_default_moves_is_counted_again(tmp_path: Path) -> None:
     committed = {row_key(row): row for row in json.loads(COMMITTED.read_text())["rows"]}
     for row in rows:
         assert [row[name] for name in TRAFFIC] == [committed[row_key(row)][name] for name in TRAFFIC]
-        assert (
-            row["a_program"] <= (1.5 if row["kernel"] in ("conv_forward", "norm_activate_forward") else 3) * row["once"]
-        )
+        if row["kernel"] != "conv_weight" and "order" not in row["variant"]:
+            assert row["a_program"] <= 1.5 * row["once"], row
 
 
 def row_key(row: dict[str, Any]) -> tuple[Any, ...]:
