@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from .races import Now
 from .scalars import UNSIGNED, Array, PtxError, i4, i8, u4, u8
 
 if TYPE_CHECKING:
@@ -20,7 +21,7 @@ class Lanes:
         self.kernel = self.machine.kernel
         self.report = self.machine.report
         self.threads = np.arange(first, first + size, dtype=i4)
-        self.epoch = 0
+        self.now = Now(0, 0)
 
     def taking_part(self, guard: Array | None) -> Array | None:
         """Indices of the lanes whose guard holds; None for all."""

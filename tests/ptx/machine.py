@@ -15,9 +15,9 @@ import numpy as np
 
 from .memory import Buffer
 from .parse import parse
-from .races import Known
+from .races import Known, Now
 from .report import Report
-from .scalars import UNSIGNED, Array, f4, u4, u8
+from .scalars import UNSIGNED, Array, PtxError, f4, u4, u8
 from .shared import SharedBytes
 from .tensor_cores import TensorCores
 from .translate import Translation, width_of
@@ -36,6 +36,7 @@ class How:
         truncate: tensor cores round their sums towards 0.
         checks: whether accesses are checked; values alone are faster.
         counting: only count: tensor cores do not multiply, which no address depends on, and bank conflicts are counted.
+        most: instructions of all agents, after which a launch is given up as endless.
     """
 
     seed: int = 0
@@ -44,6 +45,7 @@ class How:
     truncate: bool = False
     checks: bool = True
     counting: bool = False
+    most: int = 10**9
 
 
 PLAIN = How()
@@ -72,7 +74,7 @@ class Kernel:
             how: order and checks.
 
         Raises:
-            PtxError: what a GPU would trap on, or an instruction that is not known.
+            PtxError: what a GPU would trap on, an instruction that is not known, or too many instructions.
         """
         machine = Machine(self, grid, arguments, buffers, how)
         rng, live = machine.rng, list[Cta]()
@@ -95,8 +97,8 @@ class Machine:
         self, kernel: Kernel, grid: Grid, arguments: Sequence[Any], buffers: Sequence[Buffer], how: How
     ) -> None:
         self.kernel, self.grid = kernel, grid
-        self.by_warp, self.checks, self.truncate = how.by_warp, how.checks and not how.counting, how.truncate
-        self.counting = how.counting
+        self.by_warp, self.truncate, self.most = how.by_warp, how.truncate, how.most
+        self.checks, self.counting = how.checks and not how.counting, how.counting
         self.rng = random.Random(how.seed)
         self.report = Report()
         self.buffers = sorted(buffers, key=lambda buffer: buffer.base)
@@ -134,20 +136,19 @@ class Cta:
         return False
 
     def arrive(self, agent: Agent, number: int, count: int) -> None:
-        """ "bar, barrier": the last to arrive lets all go on, and what one has acquired, all know.
-
-        A barrier of fewer threads than the program has orders only those that took part.
-        """
+        """ "bar, barrier": the last to arrive lets all go on, and what one has acquired, all know."""
+        report, threads = self.machine.report, self.machine.kernel.program.threads
+        if count not in (0, threads):
+            raise PtxError(f"{agent.place}: barrier of {count} of {threads} threads: not known to the interpreter")
         agent.waiting = number
         there = [other for other in self.agents if other.waiting == number]
-        report = self.machine.report
-        if sum(other.size for other in there) < (count or self.machine.kernel.program.threads):
+        if len(there) < len(self.agents):
             return
         if len({other.place for other in there}) > 1:
             report.problem("warps meet at different barrier instructions", agent.place)
-        epoch = max(other.epoch for other in self.agents) + 1
+        now = Now(agent.now.epoch + 1, 0)
         for other in there:
-            other.waiting, other.epoch = None, epoch
+            other.waiting, other.now = None, now
             for _, known in other.acquired:
                 self.known |= known
             other.acquired = []
@@ -174,6 +175,10 @@ class Agent(TensorCores):
         segments, sizes = self.kernel.translation.segments, self.kernel.translation.sizes
         while True:
             self.report.instructions += sizes[self.at]
+            if self.report.instructions > self.machine.most:
+                raise PtxError(
+                    f"{self.kernel.program.name}: more than {self.machine.most} instructions: an endless loop"
+                )
             self.at = segments[self.at](self, self.registers)
             if self.finished or self.waiting is not None or self.machine.rng.random() < 0.05:
                 return
@@ -187,6 +192,13 @@ class Agent(TensorCores):
     def barrier(self, number: int, count: int, place: str) -> None:
         self.place = place
         self.cta.arrive(self, number, count)
+
+    def warp_sync(self, place: str) -> None:
+        """ "bar.warp.sync": a barrier for the threads of a warp, for all where a program has one warp."""
+        if self.kernel.program.threads == 32:
+            self.barrier(0, 0, place)
+        else:
+            self.now = self.now._replace(sync=self.now.sync + 1)
 
     def fence(self, opcode: str) -> None:
         self.report.note("fence, taken for nothing", opcode)

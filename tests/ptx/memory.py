@@ -128,7 +128,7 @@ class GlobalMemory(Lanes):
         if semantics in ("acquire", "acq_rel"):
             self.acquired.append((thread, released))
         if semantics in ("release", "acq_rel"):
-            seen = self.cta.known.plus(self.cta.number, self.epoch, thread)
+            seen = self.cta.known.plus(self.cta.number, self.now.epoch, thread)
             self.machine.released[where] = released | seen
 
     def _located(self, where: Array, size: int, place: str, what: str) -> list[tuple[Buffer, Array, Array]]:
@@ -162,7 +162,7 @@ class GlobalMemory(Lanes):
         shadow, by = buffer.shadow, buffer.written_by[index]
         if not buffer.initialised and (by == NOBODY).any():
             self.report.problem(f"read of {buffer.name} that nobody has written", place, int((by == NOBODY).sum()))
-        race = (by == number) & shadow.written_by_others(index, me, self.epoch)
+        race = (by == number) & shadow.written_by_others(index, me, self.now)
         if race.any():
             self.report.problem(f"global race on {buffer.name}: read after write, no barrier", place, int(race.sum()))
         other = (by != NOBODY) & (by != number)
@@ -178,7 +178,7 @@ class GlobalMemory(Lanes):
                 self.report.problem(f"read of {buffer.name}, another program's, unordered", place, int(bad.sum()))
         reader = buffer.read_by[index]
         buffer.read_by[index] = np.where((reader == NOBODY) | (reader == number), number, MANY)
-        shadow.read(index, np.broadcast_to(me, index.shape), self.epoch)
+        shadow.read(index, np.broadcast_to(me, index.shape), self.now)
 
     def _check_global_write(
         self,
@@ -202,10 +202,10 @@ class GlobalMemory(Lanes):
         if read.any():
             problem(f"write of {buffer.name}, which another program has read", place, int(read.sum()))
         same = (buffer.views[width][index] == data).all(1)[:, None]
-        again = (by == number) & shadow.written_by_others(items, me, self.epoch)
+        again = (by == number) & shadow.written_by_others(items, me, self.now)
         if (again & ~same).any():
             problem(f"global race on {buffer.name}: two threads write differently", place, int((again & ~same).sum()))
-        after = (reader == number) & shadow.read_by_others(items, me, self.epoch) & ~same
+        after = (reader == number) & shadow.read_by_others(items, me, self.now) & ~same
         if after.any():
             problem(f"global race on {buffer.name}: write after read, no barrier", place, int(after.sum()))
         flat, values = index.ravel(), data.ravel()
@@ -215,4 +215,4 @@ class GlobalMemory(Lanes):
             if any(last[at] != value for at, value in zip(flat.tolist(), values.tolist(), strict=True)):
                 problem(f"lanes of one instruction write {buffer.name} differently", place)
         buffer.written_by[items] = number
-        shadow.write(items, np.broadcast_to(me, items.shape), self.epoch)
+        shadow.write(items, np.broadcast_to(me, items.shape), self.now)

@@ -17,7 +17,6 @@ class SharedBytes(Shadow):
 
     Attributes:
         data: the bytes; junk at first.
-        warp_written: the writing warp's count of bar.warp.sync.
         in_flight: whether a cp.async will write it.
         under_wgmma: how many wgmma in flight read it.
         unfenced: written by the generic proxy, and no fence.proxy.async since.
@@ -27,7 +26,6 @@ class SharedBytes(Shadow):
         super().__init__(size)
         self.size = size
         self.data = np.frombuffer(random.Random(seed).randbytes(size), u1).copy()
-        self.warp_written = np.full(size, NOBODY, i4)
         self.in_flight = np.zeros(size, np.bool_)
         self.under_wgmma = np.zeros(size, i4)
         self.unfenced = np.zeros(size, np.bool_)
@@ -47,19 +45,15 @@ class SharedMemory(GlobalMemory):
     def __init__(self, cta: Any, first: int, size: int) -> None:
         super().__init__(cta, first, size)
         self.shared = cta.shared
-        self.warp_epoch = 0  # counts bar.warp.sync
         self.fenced_at = NOBODY  # epoch of the last fence.proxy.async
         self.copies: list[Copy] = []  # issued, not yet committed
         self.groups: list[list[Copy]] = []  # committed, not yet waited for
-
-    def warp_sync(self) -> None:
-        self.warp_epoch += 1
 
     def fence_proxy(self) -> None:
         """ "membar, fence": a writer's proxy fence covers its own stores; a reader's, those ordered before it."""
         mine = (self.shared.writer >= self.first) & (self.shared.writer < self.first + self.size)
         self.shared.unfenced[mine] = False
-        self.fenced_at = self.epoch
+        self.fenced_at = self.now.epoch
 
     def span(self, where: Array, size: int, place: str, what: str) -> Array:
         """(lanes, size) indices into shared memory."""
@@ -177,8 +171,7 @@ class SharedMemory(GlobalMemory):
         self._written(index, threads)
 
     def _written(self, index: Array, threads: Array) -> None:
-        self.shared.write(index, threads[:, None], self.epoch)
-        self.shared.warp_written[index] = self.warp_epoch
+        self.shared.write(index, threads[:, None], self.now)
         self.shared.unfenced[index] = True
 
     def _check_shared_read(self, index: Array, threads: Array, place: str) -> None:
@@ -186,32 +179,22 @@ class SharedMemory(GlobalMemory):
         writer = shared.writer[index]
         if (writer == NOBODY).any():
             self.report.problem("read of shared memory that nobody has written", place, int((writer == NOBODY).sum()))
-        recent = shared.written_by_others(index, me, self.epoch)
+        recent = shared.written_by_others(index, me, self.now)
         if recent.any():
-            warp = (writer >> 5) == (me >> 5)
-            if (recent & ~warp).any():
-                self.report.problem("shared race: read after write, no barrier", place, int((recent & ~warp).sum()))
-            within = recent & warp & (shared.warp_written[index] == self.warp_epoch)
-            if within.any():
-                self.report.note("shared read after another lane's write, no bar.warp.sync", place, int(within.sum()))
+            self.report.problem("shared race: read after write, no barrier", place, int(recent.sum()))
         if shared.in_flight[index].any():
             self.report.problem("shared race: read while cp.async writes", place)
-        shared.read(index, me, self.epoch)
+        shared.read(index, me, self.now)
 
     def _check_shared_write(self, index: Array, threads: Array, data: Array | None, place: str) -> None:
         shared, me = self.shared, np.broadcast_to(threads[:, None], index.shape)
         changes = np.ones(index.shape, np.bool_) if data is None else shared.data[index] != data
-        again = shared.written_by_others(index, me, self.epoch) & changes
+        again = shared.written_by_others(index, me, self.now) & changes
         if again.any():
             self.report.problem("shared race: two threads write differently, no barrier", place, int(again.sum()))
-        after = shared.read_by_others(index, me, self.epoch) & changes
+        after = shared.read_by_others(index, me, self.now) & changes
         if after.any():
-            reader = shared.reader[index]
-            warp = (reader >= 0) & ((reader >> 5) == (me >> 5))
-            if (after & ~warp).any():
-                self.report.problem("shared race: write after read, no barrier", place, int((after & ~warp).sum()))
-            if (after & warp).any():
-                self.report.note("shared write after another lane's read", place, int((after & warp).sum()))
+            self.report.problem("shared race: write after read, no barrier", place, int(after.sum()))
         if shared.in_flight[index].any():
             self.report.problem("shared race: write while cp.async writes", place)
         if shared.under_wgmma[index].any():

@@ -167,7 +167,7 @@ class TensorCores(SharedMemory):
         writer, written = shared.writer[index], shared.written[index]
         if (writer == NOBODY).any():
             problem("wgmma reads shared memory that nobody has written", place, int((writer == NOBODY).sum()))
-        recent = written == self.epoch
+        recent = written == self.now.epoch
         if self.machine.by_warp:
             recent &= (writer >> 5) != (self.first >> 5)
         if recent.any():
@@ -179,6 +179,6 @@ class TensorCores(SharedMemory):
             problem("shared race: wgmma reads while cp.async writes", place)
         flat = index.ravel()
         shared.reader[flat] = MANY
-        shared.read_at[flat] = self.epoch
+        shared.read_at[flat], shared.read_sync[flat] = self.now
         np.add.at(shared.under_wgmma, flat, 1)
         self.reads.append(flat)

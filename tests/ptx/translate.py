@@ -176,7 +176,7 @@ class Translation:
         """ "bar, barrier" and "bar.warp.sync"."""
         assert ins.guard is None
         if ins.parts[1] == "warp":
-            return ["A.warp_sync()"]
+            return [f"A.warp_sync({ins.place!r})", f"return {self._segment_of[n + 1]}"]
         count = int(ins.operands[1], 0) if len(ins.operands) > 1 else 0
         return [
             f"A.barrier({int(ins.operands[0], 0)}, {count}, {ins.place!r})",
