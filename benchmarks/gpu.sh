@@ -2,12 +2,14 @@
 # Everything that needs a GPU, in one run on a machine that has one and little else: `make gpu`.
 #
 # It needs Python with torch, triton, numpy, pytest, hypothesis, safetensors, rich and matplotlib, and no network. It makes
-# the checkout importable, runs the GPU tests, the speedrun (where the post's names.txt is there), then all studies, within
-# nine minutes, and writes to the folder $OUT (default benchmarks/results/gpu) tests.txt, studies.txt, the studies' files,
+# the checkout importable, asks whether the kernels' bits are always the same, runs the GPU tests side by side, since
+# compilation is most of their time, the speedrun (where the post's names.txt is there), then all studies, within nine
+# minutes, and writes to the folder $OUT (default benchmarks/results/gpu) tests.txt, studies.txt, the studies' files,
 # report.html and speedrun-cuda.json. Whatever stops it, the files hold what was done until then. Every study is a process
 # of its own: after a CUDA error nothing more runs in the process that met it. Exit status: 0 if tests and checks passed.
 #
-# Environment: PYTHON (python3), DEVICE (cuda), SECONDS_IN_ALL (530), TESTS (files for pytest), OPTIONS (of the studies).
+# Environment: PYTHON (python3), DEVICE (cuda), SECONDS_IN_ALL (530), TESTS (files for pytest), OPTIONS (of the studies),
+# SHARDS (processes of tests, 8 on CUDA, each of some 500 MB of the GPU's memory).
 
 root=$(cd "$(dirname "$0")/.." && pwd) && cd "$root" || exit 2
 python=${PYTHON:-python3} device=${DEVICE:-cuda} seconds=${SECONDS_IN_ALL:-530}
@@ -36,8 +38,27 @@ limited() { # SECONDS LOG COMMAND..: the command, its output at the end of the l
   return $status
 }
 
-limited $((seconds * 35 / 100)) tests.txt "$python" -m pytest -v --tb=short -p no:cacheprovider -o addopts= $tests
-case $? in 0) echo "tests: passed" ;; 5) echo "tests: none selected" ;; *) echo "tests: FAILED or cut short" && failed=1 ;; esac
+if [ "$device" = cuda ]; then
+  limited $((seconds * 15 / 100)) tests.txt "$python" -m benchmarks.first \
+    && echo "bits: always the same" || { echo "bits: WRONG or cut short, see tests.txt" && failed=1; }
+fi
+
+shards=${SHARDS:-$([ "$device" = cuda ] && echo 8 || echo 1)} shard=0
+while [ $shard -lt $shards ]; do
+  {
+    CONVWAVE_SHARD=$shard/$shards limited $((seconds * 35 / 100)) tests-$shard.txt "$python" -m pytest -v --tb=short \
+      -p no:cacheprovider -p tests.shard -o addopts= $tests
+    echo $? > "$out/tests-$shard.status"
+  } &
+  shard=$((shard + 1))
+done
+wait
+cat "$out"/tests-*.txt >> "$out/tests.txt"
+# 5: a shard without tests
+case $(cat "$out"/tests-*.status | sort -u | tr -d '\n') in
+  0 | 05) echo "tests: passed" ;; 5) echo "tests: none selected" ;; *) echo "tests: FAILED or cut short" && failed=1 ;;
+esac
+rm -f "$out"/tests-*.txt "$out"/tests-*.status
 limited $((seconds * 15 / 100)) studies.txt "$python" -m benchmarks.speedrun --device "$device" --out "$out" \
   && echo "speedrun: done" || echo "speedrun: no time, see studies.txt"
 parts=0

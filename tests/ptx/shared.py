@@ -66,6 +66,15 @@ class SharedMemory(GlobalMemory):
             offset = np.where(outside, 0, offset)
         return offset[:, None] + np.arange(size)
 
+    def _bank(self, index: Array, threads: Array) -> None:
+        if self.machine.counting:
+            self.report.bank(index[:, 0], index.shape[1], threads)
+
+    def _count_matrices(self, address: Array, count: int, place: str) -> None:
+        """Rows of 16 bytes, eight lanes a matrix: values are left alone, since no address depends on them."""
+        lanes = np.nonzero(np.arange(self.size) % 32 < 8 * count)[0]
+        self._bank(self.span(address[lanes], 16, place, "matrix"), lanes)
+
     def load_shared(
         self, address: Any, width: int, count: int, guard: Array | None, old: list[Array], place: str
     ) -> list[Array]:
@@ -76,6 +85,7 @@ class SharedMemory(GlobalMemory):
         if where.size == 0:
             return [value.copy() for value in old]
         index = self.span(where, width * count, place, "read")
+        self._bank(index, threads)
         self._check_shared_read(index, threads, place) if self.machine.checks else None
         values = np.ascontiguousarray(self.shared.data[index]).view(UNSIGNED[width])
         if lanes is None:
@@ -91,12 +101,16 @@ class SharedMemory(GlobalMemory):
         if lanes.size == 0:
             return
         index = self.span(self.spread(address)[lanes], width * len(values), place, "write")
+        self._bank(index, self.threads[lanes])
         data = np.stack([self.spread(value)[lanes] for value in values], 1)
         self._write_shared(index, np.ascontiguousarray(data).view(u1), self.threads[lanes], place)
 
     def ldmatrix(self, address: Array, count: int, transposed: bool, place: str) -> list[Array]:
         """ "ldmatrix": 8 x 8 halves, whose rows eight lanes name; thread l gets two neighbours of row l / 4."""
         out = [np.zeros(self.size, u4) for _ in range(count)]
+        if self.machine.counting:
+            self._count_matrices(address, count, place)
+            return out
         for warp in range(0, self.size, 32):
             for m in range(count):
                 index = self.span(address[warp + 8 * m : warp + 8 * m + 8], 16, place, "ldmatrix")
@@ -109,6 +123,9 @@ class SharedMemory(GlobalMemory):
 
     def stmatrix(self, address: Array, values: list[Array], count: int, transposed: bool, place: str) -> None:
         """ "stmatrix": the reverse of ldmatrix."""
+        if self.machine.counting:
+            self._count_matrices(address, count, place)
+            return
         for warp in range(0, self.size, 32):
             for m in range(count):
                 index = self.span(address[warp + 8 * m : warp + 8 * m + 8], 16, place, "stmatrix")
@@ -126,6 +143,7 @@ class SharedMemory(GlobalMemory):
             return
         shared, threads = self.shared, self.threads[lanes]
         index = self.span(self.spread(target)[lanes], size, place, "cp.async")
+        self._bank(index, threads)
         if self.machine.checks:
             self._check_shared_write(index, threads, None, place)
         lengths = np.full(lanes.size, size) if taken is None else self.spread(taken)[lanes].astype(i8)
