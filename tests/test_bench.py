@@ -695,8 +695,8 @@ def test_the_gpu_script_runs_each_test_once(failing: int | None, status: int, tm
     """Side by side: the worst outcome is the outcome."""
     tests = "".join(f"def test_{i}(): assert {i} != {failing}\n" for i in range(5))
     (tmp_path / "test_few.py").write_text(tests)
-    python = f"[ $2 = pytest ] || exit 0\nexec {sys.executable} -m pytest -v -p tests.shard -c {os.devnull} {tmp_path}/test_few.py"
-    done = gpu(python, tmp_path / "out")
+    instead = f"-m pytest -v -p tests.shard -c {os.devnull} {tmp_path}/test_few.py"
+    done = gpu(f"[ $2 = pytest ] || exit 0\nexec {sys.executable} {instead}", tmp_path / "out")
     assert done.returncode == status
     outcomes = re.findall(r"::test_(\d) (PASSED|FAILED)", (tmp_path / "out/tests.txt").read_text())
     assert sorted(outcomes) == [(str(i), "FAILED" if i == failing else "PASSED") for i in range(5)]
