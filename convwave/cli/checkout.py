@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from convwave.nn import ConvWave
     from convwave.verify.certificate import Check
 
-COMPILED_NAMES = 30  # of the text, and as many random ones
+COMPILED_NAMES = 24  # of the text, and as many random ones
 
 
 def find(part: str) -> Path | None:

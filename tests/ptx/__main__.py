@@ -26,10 +26,11 @@ from typing import Any, NamedTuple
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "benchmarks/results/ptx.json"
 TARGETS = ("sm_80", "sm_90")
-WHOLE = ("tests/test_kernels.py", "tests/ptx/cases.py")
+WHOLE = ("tests/test_kernels.py", "tests/ptx/cases.py", "tests/ptx/machine_code.py")
 # of tests/test_kernels.py: every kernel and every way of using one, in the precisions that are in use most
 CHOICE = (
     "tests/ptx/cases.py",
+    "tests/ptx/machine_code.py::test_the_machine_code_has_the_hazard_only_where_it_is_pipelined",
     *(
         f"tests/test_kernels.py::{test}"
         for test in (
@@ -115,6 +116,7 @@ def main() -> int:
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="processes (default: one a core)")
     parser.add_argument("--out", type=Path, help="default: benchmarks/results/ptx.json, if all is run")
     args = parser.parse_args()
+    given = [argument for argument in sys.argv[1:] if argument in ("--choice", *TARGETS, "--target")]
     partial = args.target or args.choice or args.k or args.no_faults
     out = args.out or (None if partial else RESULTS)
     started = time.perf_counter()
@@ -134,7 +136,9 @@ def main() -> int:
           f"{total['instructions']:,} instructions, {total['reads_across']:,} words read across programs, "
           f"{time.perf_counter() - started:.0f} s")  # fmt: skip
     if out is not None and not failed:
-        write_section(out, "executed", "python -m tests.ptx", {"tests": counts, "total": total, "rows": rows})
+        write_section(
+            out, "executed", " ".join(["python -m tests.ptx", *given]), {"tests": counts, "total": total, "rows": rows}
+        )
     if not partial and not failed:
         return subprocess.run([sys.executable, "-m", "tests.ptx.plant", "--out", str(out)], cwd=ROOT).returncode
     return 1 if failed else 0

@@ -136,7 +136,8 @@ JUDGED = {
     ),
     **dict.fromkeys(
         ("a store without its mask", "a store with the opposite mask", "a store that is left out"),
-        "equivalent here: the mask holds for all lanes or none, or the lanes behind it store the same values again",
+        "equivalent here: the mask holds for all lanes or none, or other lanes hold the same values, "
+        "or a later store, behind a barrier, puts the right ones over the wrong ones",
     ),
     **dict.fromkeys(
         ("a comparison that always holds", "a comparison that never holds"),
@@ -209,7 +210,7 @@ def _places(lines: list[str]) -> list[str]:
 
 
 def noticed(launch: Launch, fault: Fault, truth: dict[str, Tensor], how: How) -> str:
-    """ "problem", "trap", "value" or "survived"."""
+    """ "problem", "trap" or "value"; else "same bits" or, as little as `TOLERANCE`, "rounding"."""
     compiled = launch.compiled
     try:
         broken = Compiled.of(fault.planted(compiled.kernel.ptx), compiled.kernel.shared, compiled.params)
@@ -219,7 +220,13 @@ def noticed(launch: Launch, fault: Fault, truth: dict[str, Tensor], how: How) ->
         return "trap"
     if report.problems:
         return "problem"
-    return "value" if any(_differ(got[name], truth[name]) for name in got) else "survived"
+    if any(_differ(got[name], truth[name]) for name in got):
+        return "value"
+    same = all(torch.equal(got[name].view(torch.uint8), truth[name].view(torch.uint8)) for name in got)
+    return "same bits" if same else "rounding"
+
+
+SURVIVED = ("same bits", "rounding")
 
 
 def _differ(got: Tensor, truth: Tensor) -> bool:
@@ -274,9 +281,10 @@ def plant(
     return results
 
 
-def _described(fault: Fault) -> dict[str, Any]:
+def _judged(fault: Fault, came: str) -> dict[str, Any]:
     described = asdict(fault)
-    return {name: described[name] for name in ("kind", "kernel", "target", "precision", "place", "line", "old")}
+    names = ("kind", "kernel", "target", "precision", "place", "line", "old")
+    return {**{name: described[name] for name in names}, "outputs": came, "judged": JUDGED.get(fault.kind, "")}
 
 
 def main() -> None:
@@ -291,7 +299,7 @@ def main() -> None:
     names = [one.name for one in KINDS]
 
     def show(fault: Fault, came: str) -> None:
-        if args.verbose or came == "survived":
+        if args.verbose or came in SURVIVED:
             print(f"{came:9} {fault.target} {fault.precision:7} {fault.kernel:22} {fault.kind}: {fault.place} "
                   f"(ptx {fault.line}: {fault.old[:70]})", flush=True)  # fmt: skip
 
@@ -300,7 +308,7 @@ def main() -> None:
     for name, counts in tally.items():
         if counts:
             print(f"{name:42} {dict(counts)}")
-    survived = [fault for fault, came in results if came == "survived"]
+    survived = [(fault, came) for fault, came in results if came in SURVIVED]
     print(f"{len(results) - len(survived)} of {len(results)} faults noticed")
     whole = not (args.target or args.kind)
     if args.out or whole:
@@ -308,7 +316,7 @@ def main() -> None:
             "planted": len(results),
             "noticed": len(results) - len(survived),
             "kinds": {name: dict(counts) for name, counts in tally.items() if counts},
-            "survivors": [{**_described(fault), "judged": JUDGED.get(fault.kind, "")} for fault in survived],
+            "survivors": [_judged(fault, came) for fault, came in survived],
         }
         write_section(args.out or RESULTS, "faults", "python -m tests.ptx.plant", values)
 

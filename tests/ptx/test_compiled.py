@@ -72,7 +72,7 @@ def test_verify_compiled_adds_rows_to_the_certificate(
     pytest.importorskip("triton", reason="the kernels need triton, which is not installed here")
     monkeypatch.setattr(checkout, "COMPILED_NAMES", 6)
     vocabulary = cw.Vocabulary.from_words(words.words)
-    network = cw.ConvWave(len(vocabulary), 6, [10, 12], factors=(2, 2), vocabulary=vocabulary)
+    network = cw.ConvWave(len(vocabulary), 6, [12], factors=(2,), vocabulary=vocabulary)
     checks = checkout.compiled_checks(network, vocabulary, words.words[:100], "sm_90", 0)
     assert all(check.passed for check in checks), [check for check in checks if not check.passed]
     names = [check.name for check in checks]
