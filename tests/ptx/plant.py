@@ -318,7 +318,7 @@ def main() -> None:
             "kinds": {name: dict(counts) for name, counts in tally.items() if counts},
             "survivors": [_judged(fault, came) for fault, came in survived],
         }
-        write_section(args.out or RESULTS, "faults", "python -m tests.ptx.plant", values)
+        write_section(args.out or RESULTS, "faults", f"python -m tests.ptx.plant --most {args.most}", values)
 
 
 if __name__ == "__main__":
