@@ -7,10 +7,10 @@
 BatchNorm's running statistics are folded into W and shift. age[n] is row n's position in its name: a tap that reaches
 before the name reads its first row. The definition is `convwave.ops.naive` on a dense graph.
 
-A program takes BT rows through all levels and hands them on in scratch memory, two tiles which it writes in turn, with a
-barrier after each, and uses again for its next rows: so they stay in the cache. The first `halo` of the BT rows are also
-the last ones of the tile before. They are computed again, because the others read them, and not written. So names may
-have any length and begin anywhere in a tile.
+A program takes BT rows through all levels. It hands them on in a tile of scratch memory, which it overwrites level after
+level and tile after tile, so that it stays in the cache: a barrier between reading and writing, another between writing
+and reading. The first `halo` of the BT rows are also the last ones of the tile before. They are computed again, because
+the others read them, and not written. So names may have any length and begin anywhere in a tile.
 
 Table and scratch are rows of one matrix, and a level is told by the numbers of the rows it reads which of them it reads.
 Columns are padded with zeros to BH + BE, 68 to 64 + 16: 80 instead of 128.
@@ -45,7 +45,7 @@ def context_rows(tokens_ptr, o_n, b_age, m_n, V: tl.constexpr, K0: tl.constexpr)
 def score_names_kernel(
     tokens_ptr,  # (N,)
     age_ptr,  # (N,) int32
-    rows_ptr,  # (V ** K0 + P * 2 * BT, W): the table, behind it two tiles of scratch for each of P programs
+    rows_ptr,  # (V ** K0 + P * BT, W): the table, behind it a tile of scratch for each of P programs
     w_ptr,  # (levels, K, W, W)
     shift_ptr,  # (levels, W) float32
     head_ptr,  # (BV, W)
@@ -75,8 +75,7 @@ def score_names_kernel(
     o_h = tl.arange(0, BH)
     o_e = BH + tl.arange(0, max(BE, 1))
     o_v = tl.arange(0, BV)
-    scratch = V**K0 + i_p * (2 * BT)
-    write = 0  # where in the scratch the next level begins to write: 0 or BT
+    o_scratch = V**K0 + i_p * BT + o_t
     for i_t in range(i_p, tl.cdiv(N, BT - halo), tl.num_programs(0)):
         o_n = (o_wide + i_t) * (BT - halo) - halo + o_t
         m_n = (o_n >= 0) & (o_n < N)
@@ -90,7 +89,7 @@ def score_names_kernel(
                 b_back = tl.minimum(b_age, (K - 1 - j) * dilation)
                 b_table = context_rows(tokens_ptr, o_n - b_back, b_age - b_back, m_n & (level == 0), V, K0)
                 # a row of the halo may reach before the tile: whatever it reads there, no row that is written reads it
-                b_below = scratch + (BT - write) + tl.maximum(o_t - b_back, 0)
+                b_below = o_scratch - tl.minimum(b_back, o_t)
                 p_x = rows_ptr + tl.where(level == 0, b_table, b_below) * W  # [BT]
                 p_w = w_ptr + (level * K + j) * (W * W)
                 for i in range(0, W // BC):
@@ -101,18 +100,18 @@ def score_names_kernel(
                     if BE > 0:
                         b_we = tl.load(p_w + o_c[:, None] + o_e[None, :] * W).to(dtype)  # [BC, BE]
                         b_ze = tl.dot(b_x, b_we, b_ze, input_precision=PRECISION)
-            p_out = rows_ptr + (scratch + write + o_t) * W  # [BT]
+            p_out = rows_ptr + o_scratch * W  # [BT]
             p_shift = shift_ptr + level * W
             b_z = ACTIVATION(b_z + tl.load(p_shift + o_h)[None, :])
+            tl.debug_barrier()  # every thread has read
             tl.store(p_out[:, None] + o_h[None, :], b_z.to(rows_ptr.dtype.element_ty))
             if BE > 0:
                 b_ze = ACTIVATION(b_ze + tl.load(p_shift + o_e)[None, :])
                 tl.store(p_out[:, None] + o_e[None, :], b_ze.to(rows_ptr.dtype.element_ty))
-            tl.debug_barrier()  # the next level reads what other threads have written
-            write = BT - write
+            tl.debug_barrier()  # every thread has written
             dilation *= K
         b_table = context_rows(tokens_ptr, o_n, b_age, m_n & (levels == 0), V, K0)
-        p_x = rows_ptr + tl.where(levels == 0, b_table, scratch + (BT - write) + o_t) * W
+        p_x = rows_ptr + tl.where(levels == 0, b_table, o_scratch) * W
         b_y = tl.zeros([BT, BV], dtype=tl.float32)
         for i in range(0, W // BC):
             o_c = i * BC + tl.arange(0, BC)
@@ -173,7 +172,7 @@ def score_names(
     W, BV = launch.columns + extra, max(16, triton.next_power_of_2(V))
     halo = min(math.prod(factors), longest or N, N) - 1
     programs = launch.programs(triton.cdiv(N, launch.rows - halo), 1, table.device)
-    rows = table.new_empty(table.shape[0] + programs * 2 * launch.rows, W)
+    rows = table.new_empty(table.shape[0] + programs * launch.rows, W)
     rows[: table.shape[0]] = F.pad(table, (0, W - table.shape[1]))
     taps = [F.pad(by_tap(w, table.dtype), (0, W - w.shape[1], 0, W - w.shape[0])) for w in weights]
     shift = [F.pad(s.float(), (0, W - s.numel())) for s in shifts]
