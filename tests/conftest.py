@@ -5,13 +5,17 @@ from __future__ import annotations
 import os
 import random
 
+PTX = os.environ.get("CONVWAVE_PTX")  # sm_80 or sm_90: kernels are compiled for it and executed by tests/ptx
+if PTX:
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    pytest_plugins = ["tests.ptx.plugin"]
+
 import pytest
 import torch
 from hypothesis import settings
 
-if (
-    not torch.cuda.is_available()
-):  # read when triton is first imported: kernels then run in its interpreter, on CPU tensors
+# read when triton is first imported: kernels then run in its interpreter, on CPU tensors
+if not PTX and not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
 import convwave as cw
