@@ -46,7 +46,7 @@ _FIRST = {
 }
 _SLOW = ["tiers_end_at_the_same_losses"]
 _KERNELS = (
-    "tanh numbers_of_rows taps zeros very_many far_from_zero any_strides more_programs widths nobody_asks kernels"
+    "tanh tf32 numbers_of_rows taps zeros very_many far_from_zero any_strides more_programs widths nobody_asks kernels"
 )
 
 
@@ -416,6 +416,20 @@ MUTANTS += [
     Mutant("kernel: finished by the first program", "kernels.primitives", "== programs - 1", "== 0"),
     Mutant("kernel: biased for unbiased", "kernels.primitives", "b_var = b_m2 / (n - 1)", "b_var = b_m2 / n"),
     Mutant("kernel: a tanh that is 1e-4 off", "kernels.primitives", "+ s * 0.01643758", "+ s * 0.02"),
+    Mutant("kernel: TF32 operands truncated", "kernels.primitives", "(bits + 0x1000) & -0x2000", "bits & -0x2000"),
+    Mutant("kernel: a NaN rounded to 0", "kernels.primitives", 'tl.abs(b_x) < float("inf")', "b_x != 0"),
+    Mutant(
+        "kernel: rows not rounded to TF32",
+        "kernels.forward",
+        "b_x = operand(b_x, x_ptr.dtype.element_ty, PRECISION, WIDEN)",
+        'b_x = operand(b_x, x_ptr.dtype.element_ty, "ieee", WIDEN)',
+    ),
+    Mutant(
+        "kernel: collected gradients not rounded to TF32",
+        "kernels.backward",
+        "b_g = operand(b_g, store, PRECISION, WIDEN)",
+        'b_g = operand(b_g, store, "ieee", WIDEN)',
+    ),
     Mutant("kernel: weights ignored in the backward pass", "kernels.backward", "b_w * (b_center", "1.0 * (b_center"),
     Mutant(
         "kernel: no gradient through the variance",
