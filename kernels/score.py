@@ -12,7 +12,6 @@ level and tile after tile, so that it stays in the cache: a barrier between read
 and reading. The first `halo` of the BT rows are also the last ones of the tile before. They are computed again, because
 the others read them, and not written. So names may have any length and begin anywhere in a tile.
 
-Table and scratch are rows of one matrix, and a level is told by the numbers of the rows it reads which of them it reads.
 Columns are padded with zeros to BH + BE, 68 to 64 + 16: 80 instead of 128.
 """
 
@@ -28,7 +27,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .configs import Launch, by_tap, interpreting, score_launch
-from .primitives import ACTIVATIONS
+from .primitives import ACTIVATIONS, operand
 
 
 @triton.jit
@@ -45,7 +44,8 @@ def context_rows(tokens_ptr, o_n, b_age, m_n, V: tl.constexpr, K0: tl.constexpr)
 def score_names_kernel(
     tokens_ptr,  # (N,)
     age_ptr,  # (N,) int32
-    rows_ptr,  # (V ** K0 + P * BT, W): the table, behind it a tile of scratch for each of P programs
+    table_ptr,  # (V ** K0, W)
+    scratch_ptr,  # (P, BT, W): a tile for each of P programs
     w_ptr,  # (levels, K, W, W)
     shift_ptr,  # (levels, W) float32
     head_ptr,  # (BV, W)
@@ -60,7 +60,7 @@ def score_names_kernel(
     K: tl.constexpr,
     ACTIVATION: tl.constexpr,
     PRECISION: tl.constexpr,
-    WIDEN: tl.constexpr,  # multiply in float32 for every storage type
+    WIDEN: tl.constexpr,  # in the interpreter: multiply in float32 for every storage type
     BT: tl.constexpr,
     BC: tl.constexpr,
     BH: tl.constexpr,
@@ -69,13 +69,13 @@ def score_names_kernel(
 ):
     i_p = tl.program_id(0)
     W: tl.constexpr = BH + BE
-    dtype: tl.constexpr = tl.float32 if WIDEN else rows_ptr.dtype.element_ty
+    store: tl.constexpr = table_ptr.dtype.element_ty
     o_t = tl.arange(0, BT)
     o_wide = tl.zeros([BT], dtype=tl.int64)  # makes offsets 64 bits wide
     o_h = tl.arange(0, BH)
     o_e = BH + tl.arange(0, max(BE, 1))
     o_v = tl.arange(0, BV)
-    o_scratch = V**K0 + i_p * BT + o_t
+    p_tile = scratch_ptr + i_p * (BT * W)
     for i_t in range(i_p, tl.cdiv(N, BT - halo), tl.num_programs(0)):
         o_n = (o_wide + i_t) * (BT - halo) - halo + o_t
         m_n = (o_n >= 0) & (o_n < N)
@@ -89,34 +89,34 @@ def score_names_kernel(
                 b_back = tl.minimum(b_age, (K - 1 - j) * dilation)
                 b_table = context_rows(tokens_ptr, o_n - b_back, b_age - b_back, m_n & (level == 0), V, K0)
                 # a row of the halo may reach before the tile: whatever it reads there, no row that is written reads it
-                b_below = o_scratch - tl.minimum(b_back, o_t)
-                p_x = rows_ptr + tl.where(level == 0, b_table, b_below) * W  # [BT]
+                o_x = tl.maximum(o_t - b_back, 0)
+                p_x = tl.where(level == 0, table_ptr + b_table * W, p_tile + o_x * W)  # [BT]
                 p_w = w_ptr + (level * K + j) * (W * W)
                 for i in range(0, W // BC):
                     o_c = i * BC + tl.arange(0, BC)
-                    b_x = tl.load(p_x[:, None] + o_c[None, :]).to(dtype)  # [BT, BC]
-                    b_w = tl.load(p_w + o_c[:, None] + o_h[None, :] * W).to(dtype)  # [BC, BH]
+                    b_x = operand(tl.load(p_x[:, None] + o_c[None, :]), store, PRECISION, WIDEN)  # [BT, BC]
+                    b_w = operand(tl.load(p_w + o_c[:, None] + o_h[None, :] * W), store, PRECISION, WIDEN)  # [BC, BH]
                     b_z = tl.dot(b_x, b_w, b_z, input_precision=PRECISION)
                     if BE > 0:
-                        b_we = tl.load(p_w + o_c[:, None] + o_e[None, :] * W).to(dtype)  # [BC, BE]
-                        b_ze = tl.dot(b_x, b_we, b_ze, input_precision=PRECISION)
-            p_out = rows_ptr + o_scratch * W  # [BT]
+                        b_w = operand(tl.load(p_w + o_c[:, None] + o_e[None, :] * W), store, PRECISION, WIDEN)
+                        b_ze = tl.dot(b_x, b_w, b_ze, input_precision=PRECISION)
+            p_out = p_tile + o_t[:, None] * W
             p_shift = shift_ptr + level * W
             b_z = ACTIVATION(b_z + tl.load(p_shift + o_h)[None, :])
             tl.debug_barrier()  # every thread has read
-            tl.store(p_out[:, None] + o_h[None, :], b_z.to(rows_ptr.dtype.element_ty))
+            tl.store(p_out + o_h[None, :], b_z.to(store))
             if BE > 0:
                 b_ze = ACTIVATION(b_ze + tl.load(p_shift + o_e)[None, :])
-                tl.store(p_out[:, None] + o_e[None, :], b_ze.to(rows_ptr.dtype.element_ty))
+                tl.store(p_out + o_e[None, :], b_ze.to(store))
             tl.debug_barrier()  # every thread has written
             dilation *= K
         b_table = context_rows(tokens_ptr, o_n, b_age, m_n & (levels == 0), V, K0)
-        p_x = rows_ptr + tl.where(levels == 0, b_table, o_scratch) * W
+        p_x = tl.where(levels == 0, table_ptr + b_table * W, p_tile + o_t * W)
         b_y = tl.zeros([BT, BV], dtype=tl.float32)
         for i in range(0, W // BC):
             o_c = i * BC + tl.arange(0, BC)
-            b_x = tl.load(p_x[:, None] + o_c[None, :]).to(dtype)
-            b_w = tl.load(head_ptr + o_c[:, None] + o_v[None, :] * W).to(dtype)  # [BC, BV]
+            b_x = operand(tl.load(p_x[:, None] + o_c[None, :]), store, PRECISION, WIDEN)
+            b_w = operand(tl.load(head_ptr + o_c[:, None] + o_v[None, :] * W), store, PRECISION, WIDEN)  # [BC, BV]
             b_y = tl.dot(b_x, b_w, b_y, input_precision=PRECISION)
         b_y += tl.load(bias_ptr + o_v)[None, :]
         b_max = tl.max(b_y, 1)
@@ -172,17 +172,17 @@ def score_names(
     W, BV = launch.columns + extra, max(16, triton.next_power_of_2(V))
     halo = min(math.prod(factors), longest or N, N) - 1
     programs = launch.programs(triton.cdiv(N, launch.rows - halo), 1, table.device)
-    rows = table.new_empty(table.shape[0] + programs * launch.rows, W)
-    rows[: table.shape[0]] = F.pad(table, (0, W - table.shape[1]))
+    table = F.pad(table, (0, W - table.shape[1]))
     taps = [F.pad(by_tap(w, table.dtype), (0, W - w.shape[1], 0, W - w.shape[0])) for w in weights]
     shift = [F.pad(s.float(), (0, W - s.numel())) for s in shifts]
     out = torch.empty((N, V) if targets is None else (N,), dtype=torch.float32, device=table.device)
     score_names_kernel[(programs,)](
         tokens.contiguous(),
         age.contiguous(),
-        rows,
-        torch.cat(taps) if taps else rows,
-        torch.cat(shift) if shift else rows,
+        table,
+        table.new_empty(programs, launch.rows, W),
+        torch.cat(taps) if taps else table,
+        torch.cat(shift) if shift else table,
         F.pad(head_weight.to(table.dtype), (0, W - head_weight.shape[1], 0, BV - V)),
         F.pad(head_bias.float(), (0, BV - V), value=-math.inf),
         None if targets is None else targets.contiguous(),
