@@ -1,12 +1,18 @@
-"""Exact evaluation over the distinct graph of all splits at once."""
+"""Exact evaluation: over the distinct graph of all splits at once, or of whole names."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
+import pytest
 import torch
+from torch.nn import functional as F
 
 import convwave as cw
 from convwave import reference
-from tests.helpers import randomize
+from convwave.ops import library
+from tests.helpers import disturb, randomize
 
 
 def test_losses_are_those_of_the_windowed_network_split_by_split(words: cw.Words, vocab: cw.Vocabulary) -> None:
@@ -40,3 +46,69 @@ def test_empty_splits_have_no_loss() -> None:
     losses = cw.EvaluationSet(cw.split_words(words), vocab, (2,)).losses(cw.ConvWave(3, levels=1))
     assert losses["val"] == (None, 0)
     assert losses["train"].positions == 3
+
+
+@pytest.mark.parametrize("factors", [(2,), (2, 2, 2), (2,) * 6, (4, 2), (3, 3), (2, 5, 5)])
+def test_whole_names_are_the_network_over_windows(factors: tuple[int, ...], packed: cw.Packed) -> None:
+    """In float64, which no kernel computes."""
+    model = disturb(cw.ConvWave(27, 5, 9, factors=factors).double(), 0).eval()
+    logp = F.log_softmax(model(cw.windowed_graph(packed, factors=factors)), 1).detach()
+    network = model.embedding.weight, [block.level() for block in model.layers], model.head.weight, model.head.bias
+    losses = -logp[torch.arange(len(packed)), packed.targets]
+    torch.testing.assert_close(library.score_names(*network, packed, losses=False), logp, rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(library.score_names(*network, packed), losses, rtol=1e-10, atol=1e-10)
+
+
+def watched(model: cw.ConvWave) -> cw.ConvWave:
+    model.head.register_forward_hook(lambda *_: None)
+    return model
+
+
+def half_eager(model: cw.ConvWave) -> cw.ConvWave:
+    model.head = torch.nn.Sequential(torch.nn.Dropout(), model.head)  # type: ignore[assignment]
+    return model
+
+
+@pytest.mark.skipif("triton" not in library.available_backends(), reason="needs triton")
+@pytest.mark.parametrize(
+    ("model", "launches"),
+    [
+        (lambda: cw.ConvWave(27, 5, 20, backend="triton"), 1),
+        (lambda: cw.ConvWave(27, 5, 20, backend="eager"), 0),
+        (lambda: cw.ConvWave(27, 5, [20, 20, 129], backend="triton"), 0),
+        (lambda: cw.ConvWave(27, 5, 20, backend="triton").double(), 0),
+        (lambda: watched(cw.ConvWave(27, 5, 20, backend="triton")), 0),
+        (lambda: half_eager(cw.ConvWave(27, 5, 20, backend="triton")), 0),
+    ],
+)
+def test_one_launch_evaluates_whole_names_where_it_can(
+    model: Callable[[], cw.ConvWave],
+    launches: int,
+    words: cw.Words,
+    vocab: cw.Vocabulary,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """As on a CUDA device: the CPU has a path of its own, which is put aside here, and says what to expect."""
+    from convwave.kernels import score
+
+    calls = []
+
+    def counted(*args: Any, _own: Any = score.score_names, **options: Any) -> torch.Tensor:
+        calls.append(args)
+        return _own(*args, **options)  # type: ignore[no-any-return]
+
+    monkeypatch.setattr(score, "score_names", counted)
+    prepared = cw.EvaluationSet(cw.split_words([*words.words[:50], *words.words[:5]]), vocab, (2, 2, 2))
+    net = disturb(model(), 0).train()
+    plain = cw.ConvWave(27, 5, net.widths).double()
+    plain.load_state_dict({name.replace("head.1", "head"): value for name, value in net.state_dict().items()})
+    expected, expected_nll = prepared.losses(plain), prepared.nll(plain)
+    prepared._infer = None
+    torch.testing.assert_close(prepared.nll(net).double(), expected_nll, rtol=1e-4, atol=1e-4)
+    assert len(calls) == launches
+    assert net.training
+    for name, split in prepared.losses(net).items():
+        assert split.positions == expected[name].positions
+        assert split.loss == pytest.approx(expected[name].loss, abs=1e-4)
+    with pytest.raises(ValueError, match="expected factors"):
+        prepared.losses(cw.ConvWave(27, 5, 20, levels=2, backend=net.backend))
