@@ -172,7 +172,7 @@ def conv_backward_kernel(
     counts_ptr,  # (N,) or None
     stats_ptr,  # (5, H)
     sums_ptr,  # (4, H) or None
-    w_ptr,  # (K, H, C)
+    w_ptr,  # (K, C, H): channels that are summed side by side
     x_ptr,  # (M, C) pre-activations or, without below, activations
     below_ptr,  # (5, C) or None
     below_beta_ptr,  # (C,) or None
@@ -234,7 +234,7 @@ def conv_backward_kernel(
                     o_h, m_h, M, N, H, K, BLOCK, BR, BH,
                 )  # [BR, BH]  # fmt: skip
                 b_g = operand(b_g, store, PRECISION, WIDEN)
-                p_w = w_ptr + j * (H * C) + o_h[:, None] * C + o_c[None, :]
+                p_w = w_ptr + j * (H * C) + o_h[:, None] + o_c[None, :] * H
                 b_w = tl.load(p_w, mask=m_h[:, None] & m_c[None, :], other=0)  # [BH, BC]
                 b_w = operand(b_w, store, PRECISION, WIDEN)
                 b_dx = tl.dot(b_g, b_w, b_dx, input_precision=PRECISION)
@@ -401,7 +401,7 @@ def conv_backward(
         rows.counts,
         stats,
         through,
-        by_tap(level.weight, x.dtype),
+        by_tap(level.weight.transpose(0, 1), x.dtype),
         x,
         below[1] if below is not None else None,
         below[0].beta.contiguous() if below is not None else None,

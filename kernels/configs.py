@@ -161,6 +161,7 @@ def weight_launch(C: int, H: int, dtype: torch.dtype, precision: str, device: to
         return Launch(64, _pad(H, 16, 64), _pad(C, 16, 128))
     if dtype == torch.float32 and precision == "ieee":
         return Launch(16, _pad(H, 16, 64), _pad(C, 16, 64))
-    columns, depth = _pad(C, 16, 128), _pad(H, 16, 64)
+    three_products = dtype == torch.float32 and precision == "tf32x3"
+    columns, depth = _pad(C, 16, 128), _pad(H, 16, 64 if three_products and not has_wgmma(device) else 128)
     stages = _stages(dtype, precision, device)
     return Launch(32, depth, columns, warps=8 if depth * columns > 64 * 64 else 4, stages=stages)

@@ -35,6 +35,7 @@ class How:
         resident: programs at a time.
         truncate: tensor cores round their sums towards 0.
         checks: whether accesses are checked; values alone are faster.
+        counting: only count: tensor cores do not multiply, which no address depends on, and bank conflicts are counted.
     """
 
     seed: int = 0
@@ -42,6 +43,7 @@ class How:
     resident: int = 4
     truncate: bool = False
     checks: bool = True
+    counting: bool = False
 
 
 PLAIN = How()
@@ -93,7 +95,8 @@ class Machine:
         self, kernel: Kernel, grid: Grid, arguments: Sequence[Any], buffers: Sequence[Buffer], how: How
     ) -> None:
         self.kernel, self.grid = kernel, grid
-        self.by_warp, self.checks, self.truncate = how.by_warp, how.checks, how.truncate
+        self.by_warp, self.checks, self.truncate = how.by_warp, how.checks and not how.counting, how.truncate
+        self.counting = how.counting
         self.rng = random.Random(how.seed)
         self.report = Report()
         self.buffers = sorted(buffers, key=lambda buffer: buffer.base)

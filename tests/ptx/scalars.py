@@ -36,8 +36,8 @@ def from_bf16(bits: Array) -> Array:
 
 
 def rounded_tf32(bits: Array) -> Array:
-    """Bits of float32 -> those of TF32, to nearest, ties away from 0 ("cvt.rna.tf32.f32")."""
-    return (bits + u4(0x1000)) & u4(0xFFFFE000)
+    """Bits of float32 -> those of TF32, to nearest, ties away from 0, NaN of any kind to one ("cvt.rna.tf32.f32")."""
+    return np.where(np.isnan(bits.view(f4)), u4(0x7FFFFFFF), (bits + u4(0x1000)) & u4(0xFFFFE000))
 
 
 def truncated_tf32(bits: Array) -> Array:

@@ -66,6 +66,10 @@ class SharedMemory(GlobalMemory):
             offset = np.where(outside, 0, offset)
         return offset[:, None] + np.arange(size)
 
+    def _bank(self, index: Array, threads: Array) -> None:
+        if self.machine.counting:
+            self.report.bank(index[:, 0], index.shape[1], threads)
+
     def load_shared(
         self, address: Any, width: int, count: int, guard: Array | None, old: list[Array], place: str
     ) -> list[Array]:
@@ -76,6 +80,7 @@ class SharedMemory(GlobalMemory):
         if where.size == 0:
             return [value.copy() for value in old]
         index = self.span(where, width * count, place, "read")
+        self._bank(index, threads)
         self._check_shared_read(index, threads, place) if self.machine.checks else None
         values = np.ascontiguousarray(self.shared.data[index]).view(UNSIGNED[width])
         if lanes is None:
@@ -91,6 +96,7 @@ class SharedMemory(GlobalMemory):
         if lanes.size == 0:
             return
         index = self.span(self.spread(address)[lanes], width * len(values), place, "write")
+        self._bank(index, self.threads[lanes])
         data = np.stack([self.spread(value)[lanes] for value in values], 1)
         self._write_shared(index, np.ascontiguousarray(data).view(u1), self.threads[lanes], place)
 
@@ -100,6 +106,7 @@ class SharedMemory(GlobalMemory):
         for warp in range(0, self.size, 32):
             for m in range(count):
                 index = self.span(address[warp + 8 * m : warp + 8 * m + 8], 16, place, "ldmatrix")
+                self._bank(index, np.arange(8))
                 if self.machine.checks:
                     self._check_shared_read(index.reshape(32, 4), self.threads[warp : warp + 32], place)
                 halves = self.shared.data[index].view(u2)
@@ -112,6 +119,7 @@ class SharedMemory(GlobalMemory):
         for warp in range(0, self.size, 32):
             for m in range(count):
                 index = self.span(address[warp + 8 * m : warp + 8 * m + 8], 16, place, "stmatrix")
+                self._bank(index, np.arange(8))
                 halves = np.ascontiguousarray(values[m][warp : warp + 32]).view(u2).reshape(8, 8)
                 data = np.ascontiguousarray(halves.T if transposed else halves).view(u1)
                 self._write_shared(index.reshape(32, 4), data.reshape(32, 4), self.threads[warp : warp + 32], place)
@@ -126,6 +134,7 @@ class SharedMemory(GlobalMemory):
             return
         shared, threads = self.shared, self.threads[lanes]
         index = self.span(self.spread(target)[lanes], size, place, "cp.async")
+        self._bank(index, threads)
         if self.machine.checks:
             self._check_shared_write(index, threads, None, place)
         lengths = np.full(lanes.size, size) if taken is None else self.spread(taken)[lanes].astype(i8)
