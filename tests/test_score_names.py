@@ -1,5 +1,4 @@
-"""Whole names in one launch against the network in float64: in triton's interpreter, compiled where CONVWAVE_PTX says so
-or there is a CUDA device.
+"""Whole names in one launch against the network in float64: in triton's interpreter, or compiled with CONVWAVE_PTX.
 
 The rule is that of test_kernels.py: against float64, at most four times PyTorch's error in the same precision on the
 same inputs, or that of independent roundings of the longest sum's terms.
@@ -23,9 +22,10 @@ from convwave.ops.level import Level
 
 pytest.importorskip("triton")
 
-from convwave.kernels import configs, score  # noqa: E402
-from convwave.kernels.configs import Launch, interpreting  # noqa: E402
-from tests.test_kernels import (  # noqa: E402
+from convwave.kernels import configs, score
+from convwave.kernels.configs import Launch, interpreting
+
+from tests.test_kernels import (
     DEVICE,
     UNIT,
     RoundedProducts,
@@ -33,7 +33,6 @@ from tests.test_kernels import (  # noqa: E402
     every_second,
     in_nan,
     poison,
-    words_of,
 )
 
 __all__ = ["poison"]  # a fixture: memory that kernels allocate is NaN, between canaries
@@ -164,7 +163,7 @@ def test_tf32() -> None:
 
 @pytest.mark.parametrize("launch", [Launch(64, 16, 32, per_sm=2), Launch(32, 32, 32), Launch(128, 16, 64, per_sm=4)])
 def test_neither_tiles_nor_neighbours_matter(launch: Launch, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Compiled, a name has the same losses by itself, to the last bit; the interpreter's BLAS adds as rows happen to lie."""
+    """Compiled, a name by itself has the same losses to the last bit; the interpreter's BLAS adds as rows happen to lie."""
     net, lengths = network((5, 20, 20, 20), (2, 2, 2)), (5, 70, 0, 40, 3, 90)
     packed = names(lengths)
     monkeypatch.setattr(score, "score_launch", lambda *_: launch)

@@ -192,7 +192,7 @@ def inference(x: Tensor, levels: Sequence[Level], rows: Sequence[Rows]) -> Tenso
 def score_names(
     embedding: Tensor, levels: Sequence[Level], head_weight: Tensor, head_bias: Tensor, packed: Packed, losses: bool
 ) -> Tensor:
-    """Log-probabilities of every position of packed words, or the losses of their targets; see `library.score_names`."""
+    """Log-probabilities of packed words' positions, or losses of their targets; arguments of `library.score_names`."""
     graph = dense_graph(packed, factors=[level.weight.shape[2] for level in levels])
     h = inference(embedding[packed.tokens], levels, graph.rows(counted=False))
     logp = wide(F.linear(h, head_weight, head_bias)).log_softmax(1)
