@@ -5,13 +5,13 @@
     head        log_softmax(bias + W a[n]), or minus its number for the target of row n
 
 BatchNorm's running statistics are folded into W and shift. age[n] is row n's position in its name: a tap that reaches
-before the name reads its first row. The definition is `convwave.ops.naive` on a dense graph. Levels above the first have
-equal taps; networks of other shapes go through `stack.stack_inference`.
+before the name reads its first row. The definition is `convwave.ops.naive` on a dense graph. Levels above the first
+have equal taps; networks of other shapes go through `stack.stack_inference`.
 
-A program takes BT rows through all levels. It hands them on in a tile of scratch memory that it overwrites at every level
-and for all its rows, so that it stays in the cache: a barrier between reading and writing, another between writing and
-reading. The first `halo` of the BT rows are also the last of the tile before. They are computed again, because the
-others read them, and not written. So names may have any length and begin anywhere in a tile.
+A program takes BT rows through all levels. It hands them on in a tile of scratch memory, the same for every level and
+all its rows, so that it stays in the cache: a barrier between reading and writing, another between writing and reading.
+The first `halo` of the BT rows are also the last of the tile before. They are computed again, because the others read
+them, and not written. So names may have any length and begin anywhere in a tile.
 
 Columns are padded with zeros to BH + BE, 68 to 64 + 16: 80 instead of 128. Weights are read once for BT rows.
 """
