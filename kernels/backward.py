@@ -172,7 +172,7 @@ def conv_backward_kernel(
     counts_ptr,  # (N,) or None
     stats_ptr,  # (5, H)
     sums_ptr,  # (4, H) or None
-    w_ptr,  # (K, C, H): channels that are summed side by side
+    w_ptr,  # (K, H, C), or (K, C, H): see stride_h
     x_ptr,  # (M, C) pre-activations or, without below, activations
     below_ptr,  # (5, C) or None
     below_beta_ptr,  # (C,) or None
@@ -187,6 +187,8 @@ def conv_backward_kernel(
     M,
     N,
     stride_x: tl.constexpr,
+    stride_h: tl.constexpr,  # of the matrices: 1 for matrix units, which want numbers that are summed side by side
+    stride_c: tl.constexpr,
     C: tl.constexpr,
     H: tl.constexpr,
     K: tl.constexpr,
@@ -234,7 +236,7 @@ def conv_backward_kernel(
                     o_h, m_h, M, N, H, K, BLOCK, BR, BH,
                 )  # [BR, BH]  # fmt: skip
                 b_g = operand(b_g, store, PRECISION, WIDEN)
-                p_w = w_ptr + j * (H * C) + o_h[:, None] + o_c[None, :] * H
+                p_w = w_ptr + j * (H * C) + o_h[:, None] * stride_h + o_c[None, :] * stride_c
                 b_w = tl.load(p_w, mask=m_h[:, None] & m_c[None, :], other=0)  # [BH, BC]
                 b_w = operand(b_w, store, PRECISION, WIDEN)
                 b_dx = tl.dot(b_g, b_w, b_dx, input_precision=PRECISION)
@@ -389,6 +391,7 @@ def conv_backward(
         )
     tiles = triton.cdiv(C, launch.columns)
     programs = launch.programs(triton.cdiv(M, launch.rows), tiles, device)
+    along_h = precision != "ieee" or x.dtype != torch.float32
     dx = torch.empty(M, C, dtype=x.dtype, device=device)
     below_sums = None
     if below is not None:
@@ -401,7 +404,7 @@ def conv_backward(
         rows.counts,
         stats,
         through,
-        by_tap(level.weight.transpose(0, 1), x.dtype),
+        by_tap(level.weight.transpose(0, 1) if along_h else level.weight, x.dtype),
         x,
         below[1] if below is not None else None,
         below[0].beta.contiguous() if below is not None else None,
@@ -416,6 +419,8 @@ def conv_backward(
         M,
         N,
         x.stride(0),
+        stride_h=1 if along_h else C,
+        stride_c=H if along_h else 1,
         C=C,
         H=H,
         K=K,

@@ -161,7 +161,9 @@ def weight_launch(C: int, H: int, dtype: torch.dtype, precision: str, device: to
         return Launch(64, _pad(H, 16, 64), _pad(C, 16, 128))
     if dtype == torch.float32 and precision == "ieee":
         return Launch(16, _pad(H, 16, 64), _pad(C, 16, 64))
-    three_products = dtype == torch.float32 and precision == "tf32x3"
-    columns, depth = _pad(C, 16, 128), _pad(H, 16, 64 if three_products and not has_wgmma(device) else 128)
+    single = dtype == torch.float32
+    wide = has_wgmma(device) or (single and precision == "tf32")  # more spills: tf32x3 on sm_80, bfloat16 on gfx942
+    columns, depth = _pad(C, 16, 128), _pad(H, 16, 128 if wide else 64)
     stages = _stages(dtype, precision, device)
-    return Launch(32, depth, columns, warps=8 if depth * columns > 64 * 64 else 4, stages=stages)
+    rows = 16 if single and depth == columns == 128 else 32
+    return Launch(rows, depth, columns, warps=8 if depth * columns > 64 * 64 else 4, stages=stages)
