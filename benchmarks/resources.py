@@ -41,7 +41,7 @@ if os.environ.get("TRITON_INTERPRET") == "1":
 
 import torch
 import triton
-from convwave.kernels import configs, stack
+from convwave.kernels import configs, score, stack
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
@@ -123,6 +123,12 @@ def stack_launches(C: int, H: int, precision: str, target: str) -> list[Recorded
             fixed = [level._replace(training=False) for level in levels]
             _, zs, stats = stack.stack_forward(x, levels, rows, multiplied)
             stack.stack_inference(x, fixed, rows, multiplied)
+            if H <= 128:  # whole names, with losses and with log-probabilities
+                packed = some_names(ROWS)
+                network = (empty(27**2, H, dtype=dtype), [empty(H, H, 2)] * 2, [empty(H)] * 2, empty(27, H), empty(27))
+                options = {"factors": (2, 2, 2), "activation": "tanh", "precision": multiplied, "longest": 8}
+                for targets in (packed.targets, None):
+                    score.score_names(packed.tokens, packed.age, *network, **options, targets=targets)
             stack.stack_backward(dh, x, levels, zs, stats, rows, multiplied)
     return launches
 
@@ -201,12 +207,15 @@ _VARIANTS = {  # of each kernel, by the arguments that are not None
     "conv_backward": {"prologue": "below_ptr", "order": "order_ptr", "blocks": "blocks_ptr", "fused": "dw_ptr"},
     "conv_weight": {"prologue": "below_ptr"},
     "block_sums": {"order": "order_ptr"},
+    "score_names": {"losses": "targets_ptr"},
 }
 
 
 def _row(target: str, launch: Recorded, precision: str) -> dict[str, Any]:
     a, name = launch.arguments, launch.kernel.fn.__name__.removesuffix("_kernel")
     variants = [variant for variant, argument in _VARIANTS.get(name, {}).items() if a[argument] is not None]
+    if name == "score_names":  # of all levels, with the columns that are there to pad
+        a = a | {"C": a["BH"] + a["BE"]}
     return {
         "target": target,
         "kernel": name,
@@ -226,7 +235,9 @@ def counted(launch: Recorded, compiled: Any) -> dict[str, float]:
     given = {name: value for name, value in given.items() if value is not None}
     kernel = Compiled.of(compiled.asm["ptx"], compiled.metadata.shared, list(given))
     report = execute(launch.kernel.fn.__name__, kernel, launch.grid, given, How(counting=True))
-    node = launch.arguments["z_ptr"]
+    node = launch.arguments.get("z_ptr")
+    if node is None:  # `score_names`, whose levels write nothing: a number for every column of its tiles
+        node = launch.arguments["table_ptr"][:1].expand(launch.arguments["tokens_ptr"].numel(), -1)
     unit = node.numel() * node.element_size()
     nodes = sum(moved.once for (tensor, _), moved in traffic(report).items() if tensor in NODES)
     sums = {name: value / unit for name, value in zip(TRAFFIC, (*total(report), nodes), strict=False)}

@@ -117,8 +117,10 @@ def forward_launch(C: int, H: int, dtype: torch.dtype, precision: str, device: t
 
 
 def score_launch(width: int, dtype: torch.dtype, precision: str, device: torch.device) -> Launch:
-    """For `score_names`: columns beyond 64 in a second tile of 16 or 32 where that is less than 128 in one."""
-    columns = 64 if 64 < width <= 96 else _pad(width, 16, 128)
+    """For `score_names`: columns beyond 64 in a second tile where that is less than 128 in one, or spills less."""
+    ieee = dtype == torch.float32 and precision == "ieee"
+    columns = 64 if 64 < width <= 96 or ieee else 128
+    columns = min(columns, _pad(width, 16, 128))
     return Launch(128, 16, columns, warps=8, stages=_stages(dtype, precision, device), per_sm=1)
 
 

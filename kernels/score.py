@@ -72,13 +72,13 @@ def score_names_kernel(
     W: tl.constexpr = BH + BE
     store: tl.constexpr = table_ptr.dtype.element_ty
     o_t = tl.arange(0, BT)
-    o_wide = tl.zeros([BT], dtype=tl.int64)  # makes offsets 64 bits wide
     o_h = tl.arange(0, BH)
     o_e = BH + tl.arange(0, max(BE, 1))
     o_v = tl.arange(0, BV)
     p_tile = scratch_ptr + i_p * (BT * W)
-    for i_t in range(i_p, tl.cdiv(N, BT - halo), tl.num_programs(0)):
-        o_n = (o_wide + i_t) * (BT - halo) - halo + o_t
+    start = i_p.to(tl.int64) * (BT - halo) - halo  # first row of the tile, below 0 in the first one
+    for _ in range(i_p, tl.cdiv(N, BT - halo), tl.num_programs(0)):
+        o_n = start + o_t
         m_n = (o_n >= 0) & (o_n < N)
         b_age = tl.load(age_ptr + o_n, mask=m_n, other=0)
         dilation = K0
@@ -129,7 +129,9 @@ def score_names_kernel(
             tl.store(out_ptr + o_n, (b_max - b_hit) + b_log, mask=m_n)
         else:
             b_y = (b_y - b_max[:, None]) - b_log[:, None]
-            tl.store(out_ptr + o_n[:, None] * V + o_v[None, :], b_y, mask=m_n[:, None] & (o_v < V)[None, :])
+            p_y = out_ptr + start * V + (o_t[:, None] * V + o_v[None, :])
+            tl.store(p_y, b_y, mask=m_n[:, None] & (o_v < V)[None, :])
+        start += tl.num_programs(0) * (BT - halo)
 
 
 def score_names(

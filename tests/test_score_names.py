@@ -7,6 +7,8 @@ same inputs, or that of independent roundings of the longest sum's terms.
 from __future__ import annotations
 
 import itertools
+import os
+import re
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
@@ -205,6 +207,21 @@ def test_narrow_tokens() -> None:
 def test_results_repeat_to_the_last_bit() -> None:
     net, packed = network((5, 68, 68), (2, 2)), names((30, 9, 200))
     assert torch.equal(net(packed), net(packed))
+
+
+@pytest.mark.skipif("CONVWAVE_PTX" not in os.environ, reason="compiled code only")
+def test_a_race_in_the_scratch_memory_would_be_seen() -> None:
+    """Both ways, if the barriers were not there: those of the kernel, and those that triton happens to put beside them."""
+    from tests.ptx.launch import on_emulator
+
+    def without_barriers(name: str, ptx: str) -> str:
+        return re.sub(r"bar\.sync[^;]*;", "", ptx) if name == "score_names_kernel" else ptx
+
+    with on_emulator(os.environ["CONVWAVE_PTX"], patch=without_barriers) as log:
+        network((5, 20, 20, 20), (2, 2, 2))(names(NAMES))
+    kinds = {kind for _, kind, _ in log.problems() if "scratch_ptr" in kind}
+    race = "global race on scratch_ptr"
+    assert kinds == {f"{race}: read after write, no barrier", f"{race}: write after read, no barrier"}
 
 
 def of_rows(net: Network) -> Network:
