@@ -42,7 +42,8 @@ _FIRST = {
     "convert": "nn convert",
     "nn": "nn ops per_level frozen",
     "ops.functional": "ops",
-    "ops.library": "ops",
+    "ops.library": "ops evaluation",
+    "data.packing": "evaluation",
 }
 _SLOW = ["tiers_end_at_the_same_losses"]
 _KERNELS = (
@@ -52,6 +53,8 @@ _KERNELS = (
 
 def tests_for(module: str) -> list[str]:
     """Arguments of pytest."""
+    if module == "kernels.score":
+        return ["tests/test_score_names.py", "-k", "longer_than or numbers_of_names or vocabularies or real_names"]
     if module.startswith("kernels"):
         return ["tests/test_per_level.py", "tests/test_kernels.py", "-k", " or ".join(_KERNELS.split())]
     first = next((names for prefix, names in _FIRST.items() if module.startswith(prefix)), "")
@@ -664,6 +667,38 @@ MUTANTS += [
         "kernels.forward",
         "/ tl.maximum(n_new, 1e-30)",
         "/ n_new",
+    ),
+    Mutant("whole names: one dilation for all levels", "kernels.score", "dilation *= K", "dilation *= 1"),
+    Mutant("whole names: dilations begin at 1", "kernels.score", "dilation = K0", "dilation = 1"),
+    Mutant("whole names: taps swapped", "kernels.score", "(level * K + j) *", "(level * K + K - 1 - j) *"),
+    Mutant(
+        "whole names: taps reach into the name before",
+        "kernels.score",
+        "tl.minimum(b_age, (K - 1 - j) * dilation)",
+        "((K - 1 - j) * dilation + tl.zeros_like(b_age))",
+    ),
+    Mutant("whole names: the halo is a row short", "kernels.score", "longest or N, N) - 1", "longest or N, N) - 2"),
+    Mutant("whole names: the halo is written", "kernels.score", "m_n &= o_t >= halo", "m_n &= o_t >= 0"),
+    Mutant("whole names: both taps are the newest", "kernels.score", "tl.maximum(o_t - b_back, 0)", "o_t"),
+    Mutant("whole names: one shift for all levels", "kernels.score", "shift_ptr + level * W", "shift_ptr"),
+    Mutant(
+        "whole names: no shift beyond 64 columns", "kernels.score", "b_ze + tl.load(p_shift + o_e)[None, :]", "b_ze"
+    ),
+    Mutant("whole names: no bias", "kernels.score", "b_y += tl.load(bias_ptr + o_v)[None, :]", "b_y += 0"),
+    Mutant("whole names: tokens beyond the last count", "kernels.score", "value=-math.inf", "value=0.0"),
+    Mutant("whole names: the next token's loss", "kernels.score", "== b_target[:, None]", "== b_target[:, None] + 1"),
+    Mutant(
+        "whole names: contexts in another order",
+        "ops.library",
+        "torch.arange(factors[0] - 1, -1, -1, device=embedding.device)",
+        "torch.arange(factors[0], device=embedding.device)",
+    ),
+    Mutant("whole names: a watched head is passed over", "infer.score", "kernels and model.plain and", "kernels and"),
+    Mutant(
+        "whole names: names begin a position early",
+        "data.packing",
+        "device=starts.device) - starts)",
+        "device=starts.device) - starts + 1)",
     ),
 ]
 
