@@ -3,9 +3,10 @@
     python3 benchmarks/gpu.py
 
 It needs Python with torch, triton, numpy, pytest, hypothesis, safetensors and rich, with matplotlib draws pictures too,
-and needs no network. It makes the checkout importable, runs the GPU tests, then all studies, within nine minutes, and
-writes the `FILES` below to the folder $OUT (default benchmarks/results/DEVICE/). Whatever stops it, they hold what was
-done until then. Every study is a process of its own: after a CUDA error nothing more runs in the process that met it.
+and needs no network. It makes the checkout importable, asks whether the kernels' bits are always the same, runs the GPU
+tests side by side, since compilation is most of their time, then all studies, within nine minutes, and writes the
+`FILES` below to the folder $OUT (default benchmarks/results/DEVICE/). Whatever stops it, they hold what was done until
+then. Every study is a process of its own: after a CUDA error nothing more runs in the process that met it.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 
@@ -26,7 +28,8 @@ ORDER = ("roofline", "ladder", "launches", "context", "train", "sample", "breake
 # those that need a GPU first; then what runs in the interpreter elsewhere, and compiles a kernel for most of its cases
 TESTS = ("test_graphed", "test_kernels_gpu", "test_ops", "test_kernels", "test_verification")
 PARTS = {"width": 4, "ladder": 2}  # of the time, where others have 1
-TESTS_SHARE, SPEEDRUN_SHARE = 0.35, 0.15  # of the time, at most
+FIRST_SHARE, TESTS_SHARE, SPEEDRUN_SHARE = 0.15, 0.35, 0.15  # of the time, at most
+SHARDS = 8  # processes of tests, at most one a core; each takes some 500 MB of the GPU's memory
 NO_TESTS, KILLED = 5, 124  # exit statuses: pytest's when it selected none, and ours after the time was up
 BUDGET_SHARE = 0.8  # of a study's time; the rest is for starting, and for the step that runs when the time is up
 LEAST = 5.0  # seconds that a study is started for
@@ -59,9 +62,15 @@ def main() -> int:
     if data is not None:
         environment.setdefault("CONVWAVE_DATA", str(data))
 
+    first = 0
+    if args.device == "cuda":
+        first = run(["-m", "benchmarks.first"], out / "tests.txt", environment, FIRST_SHARE * args.seconds)
+        print(f"bits: {'always the same' if first == 0 else 'WRONG or cut short, see tests.txt'}", flush=True)
+
     chosen = [f"tests/{name}.py" for name in TESTS] if args.tests == "tests" else [args.tests]
     pytest = ["-m", "pytest", "-v", "--tb=short", "-p", "no:cacheprovider", "-o", "addopts=", *chosen]
-    tests = run(pytest, out / "tests.txt", environment, TESTS_SHARE * args.seconds)
+    shards = min(SHARDS, os.cpu_count() or 1) if args.device == "cuda" else 1
+    tests = run_shards(pytest, out / "tests.txt", environment, TESTS_SHARE * args.seconds, shards)
     outcome = {0: "passed", NO_TESTS: "none selected", KILLED: "cut short, see tests.txt"}.get(tests, "FAILED")
     print(f"tests: {outcome}", flush=True)
 
@@ -86,7 +95,7 @@ def main() -> int:
     report = [sys.executable, "-m", "benchmarks", "--report", "--out", str(out)]
     subprocess.run(report, cwd=ROOT, env=environment, capture_output=True, check=False)
     print(f"written to {out}: {', '.join(sorted(path.name for path in out.iterdir()))}", flush=True)
-    return int(tests not in (0, NO_TESTS) or studies != 0)
+    return int(tests not in (0, NO_TESTS) or first != 0 or studies != 0)
 
 
 def importable(environment: dict[str, str]) -> dict[str, str]:
@@ -131,6 +140,24 @@ def run(arguments: list[str], log: Path, environment: dict[str, str], seconds: f
         except subprocess.TimeoutExpired:
             file.write(f"\nstopped after {seconds:.0f} s\n")
             return KILLED
+
+
+def run_shards(pytest: list[str], log: Path, environment: dict[str, str], seconds: float, shards: int) -> int:
+    """Run tests in so many processes at once, their outputs in turn at the end of a file. The worst status."""
+    logs = [log.with_name(f"{log.stem}-{i}.txt") for i in range(shards)]
+
+    def one(i: int) -> int:
+        here = environment | {"CONVWAVE_SHARD": f"{i}/{shards}"}
+        return run([*pytest, "-p", "tests.shard"], logs[i], here, seconds)
+
+    with ThreadPoolExecutor(shards) as pool:
+        statuses = set(pool.map(one, range(shards)))
+    with log.open("a") as file:
+        for part in logs:
+            file.write(part.read_text())
+            part.unlink()
+    failed = statuses - {0, NO_TESTS, KILLED}
+    return max(failed) if failed else next(status for status in (KILLED, 0, NO_TESTS) if status in statuses)
 
 
 if __name__ == "__main__":

@@ -77,7 +77,7 @@ class Recorded(NamedTuple):
     kernel: Any
     arguments: dict[str, Any]
     options: dict[str, int]
-    grid: tuple[int, ...]
+    grid: tuple[int, int, int]
 
 
 @contextmanager
@@ -115,7 +115,7 @@ def stack_launches(C: int, H: int, precision: str, target: str) -> list[Recorded
         # a dense graph: each row is read by few; a distinct one: in the order of its rows, by very many
         for make, most in ((dense_graph, None), (distinct_graph, 10**6)):
             graph = make(some_names(ROWS if max(C, H) <= 128 else ROWS // 2), 2)
-            rows = graph.rows(consumers=True)
+            rows = list(graph.rows(consumers=True))
             if most:
                 rows = [r._replace(consumers=r.consumers._replace(most=most)) for r in rows if r.consumers]
             x, dh = empty(graph.tokens.numel(), C, dtype=dtype), empty(graph.num_rows, H, dtype=dtype)

@@ -130,9 +130,9 @@ def elementwise_launch(C: int) -> Launch:
     return Launch(64 if interpreting() else 4096 // columns, 0, columns, per_sm=4)
 
 
-# Rows of the largest `conv_backward` tile (64 columns) that holds the gradients of both matrices without spilling on
-# sm_90: by precision ("half" is bfloat16 and float16) and by channels H, rounded up. On sm_80 and gfx942
-# even the smallest ones spill.
+# Rows of a `conv_backward` tile of 64 columns that holds the gradients of both matrices and spills nothing on sm_90, by
+# precision ("half" is bfloat16 and float16) and by channels H, rounded up; what is not here spills. With three TF32
+# products and 128 channels it is 72 to 88 bytes (16 rows), on sm_80 at least 128: benchmarks/LOG.md.
 _FUSED_ROWS = {
     ("ieee", 64): 16,
     ("tf32x3", 64): 16,

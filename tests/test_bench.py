@@ -653,8 +653,9 @@ def test_the_gpu_script_plans_every_study_within_its_time(tmp_path: Path, monkey
     (tmp_path / "studies.txt").write_text("of an earlier run")
     assert gpu.main() == 0
     (pytest_run, _), *studies = runs
-    assert pytest_run[-len(gpu.TESTS) :] == [f"tests/{name}.py" for name in gpu.TESTS]
-    assert all((gpu.ROOT / path).is_file() for path in pytest_run[-len(gpu.TESTS) :])
+    files = [argument for argument in pytest_run if argument.endswith(".py")]
+    assert files == [f"tests/{name}.py" for name in gpu.TESTS]
+    assert all((gpu.ROOT / path).is_file() for path in files)
     assert [arguments[2] for arguments, _ in studies] == list(gpu.ORDER)
     assert set(gpu.ORDER) == set(STUDIES)
     assert all(seconds <= 530 for _, seconds in runs)
@@ -676,6 +677,17 @@ def test_the_gpu_script_says_what_is_missing(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(gpu.sys, "argv", ["gpu.py"])
     with pytest.raises(SystemExit, match=r"missing: no_such_package$"):
         gpu.main()
+
+
+@pytest.mark.parametrize(("failing", "status"), [(None, 0), (3, 1)])
+def test_tests_side_by_side_are_all_tests(failing: int | None, status: int, tmp_path: Path) -> None:
+    tests = "".join(f"def test_{i}(): assert {i} != {failing}\n" for i in range(5))
+    (tmp_path / "test_few.py").write_text(tests)
+    log, command = tmp_path / "log.txt", ["-m", "pytest", "-v", "-c", gpu.os.devnull, str(tmp_path / "test_few.py")]
+    assert gpu.run_shards(command, log, dict(gpu.os.environ), 60.0, 3) == status
+    outcomes = re.findall(r"::test_(\d) (PASSED|FAILED)", log.read_text())
+    assert sorted(outcomes) == [(str(i), "FAILED" if i == failing else "PASSED") for i in range(5)]
+    assert list(tmp_path.glob("log*")) == [log]
 
 
 def test_a_log_is_complete_when_its_run_is_killed(tmp_path: Path) -> None:

@@ -76,7 +76,7 @@ def test_a_rehearsal_leaves_no_trace(packed: cw.Packed, vocab: cw.Vocabulary, do
 def test_adam_is_capturable_while_it_is_captured(
     packed: cw.Packed, vocab: cw.Vocabulary, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Torch warns of a step that is capturable and not captured, and refuses one that is captured and not capturable."""
+    """Torch warns of a step that is capturable and not captured, and refuses a captured one that is not."""
     run = GraphedRun(config(), packed, vocab)
     seen: list[list[bool]] = []
     capturable = partial(map, itemgetter("capturable"))

@@ -82,26 +82,34 @@ class Launch:
 
     Attributes:
         name: of the kernel.
+        module: that it is written in.
         compiled: it.
         grid: programs.
         arguments: by name, without constants.
         constants: by name.
+        before: copies of what the kernel changes and does not write afresh.
+        by_warp: whether its warps ran by themselves.
         warps: of a program.
         report: what it met.
         seconds: of CPU.
     """
 
     name: str
+    module: str
     compiled: Compiled
     grid: Grid
     arguments: dict[str, Any]
     constants: dict[str, Any]
+    before: dict[str, Tensor]
+    by_warp: bool
     warps: int
     report: Report
     seconds: float
 
     def again(self, compiled: Compiled, how: How = PLAIN) -> tuple[Report, dict[str, Tensor]]:
-        """The same launch of another version of the kernel, on the tensors as they are now; copies of its outputs."""
+        """The same launch, of another version of the kernel: what it met, and copies of its outputs."""
+        for name, value in self.before.items():
+            self.arguments[name].copy_(value)
         report = execute(self.name, compiled, self.grid, self.arguments, how)
         return report, {name: self.arguments[name].clone() for name in compiled.outputs}
 
@@ -265,13 +273,19 @@ def execute(name: str, compiled: Compiled, grid: Grid, arguments: dict[str, Any]
 
 @contextmanager
 def on_emulator(
-    target: str = "sm_80", how: How = PLAIN, *, multiprocessors: int = 2, patch: Patch | None = None
+    target: str = "sm_80",
+    how: How = PLAIN,
+    *,
+    first_by_warp: bool = False,
+    multiprocessors: int = 2,
+    patch: Patch | None = None,
 ) -> Iterator[Log]:
     """Launches of Triton kernels go to the interpreter while this lasts.
 
     Args:
         target: in `TARGETS`; the tables of tiles are asked for it.
         how: order of programs, checks; each launch has a seed of its own, counted from this one.
+        first_by_warp: run the warps of each kernel's first launch by themselves.
         multiprocessors: that the launchers see: how many programs share the tiles.
         patch: plants a fault in the PTX.
     """
@@ -285,12 +299,29 @@ def on_emulator(
         given = {name: arguments[name] for name in compiled.params}
         constants = {name: value for name, value in arguments.items() if name not in given}
         programs: Grid = (*grid, 1, 1)[:3]
-        name, seed = self.fn.__name__, how.seed + len(log.launches)
+        name = self.fn.__name__
+        first = first_by_warp and name not in {launch.name for launch in log.launches}
+        its = replace(how, seed=how.seed + len(log.launches), by_warp=how.by_warp or first)
+        before = {name: given[name].clone() for name, holds in compiled.outputs.items() if holds}
         started = time.process_time()
-        report = execute(name, compiled, programs, given, replace(how, seed=seed))
+        report = execute(name, compiled, programs, given, its)
         seconds = time.process_time() - started
         warps = options.get("num_warps", 4)
-        log.launches.append(Launch(name, compiled, programs, given, constants, warps, report, seconds))
+        log.launches.append(
+            Launch(
+                name,
+                self.fn.__module__,
+                compiled,
+                programs,
+                given,
+                constants,
+                before,
+                its.by_warp,
+                warps,
+                report,
+                seconds,
+            )
+        )
 
     with (
         mock.patch.object(JITFunction, "run", run),

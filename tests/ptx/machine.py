@@ -36,6 +36,7 @@ class How:
         truncate: tensor cores round their sums towards 0.
         checks: whether accesses are checked; values alone are faster.
         counting: only count: tensor cores do not multiply, which no address depends on, and bank conflicts are counted.
+        most: instructions of all agents, after which a launch is given up as endless.
     """
 
     seed: int = 0
@@ -44,6 +45,7 @@ class How:
     truncate: bool = False
     checks: bool = True
     counting: bool = False
+    most: int = 10**9
 
 
 PLAIN = How()
@@ -72,7 +74,7 @@ class Kernel:
             how: order and checks.
 
         Raises:
-            PtxError: what a GPU would trap on, or an instruction that is not known.
+            PtxError: what a GPU would trap on, an instruction that is not known, or too many instructions.
         """
         machine = Machine(self, grid, arguments, buffers, how)
         rng, live = machine.rng, list[Cta]()
@@ -95,8 +97,8 @@ class Machine:
         self, kernel: Kernel, grid: Grid, arguments: Sequence[Any], buffers: Sequence[Buffer], how: How
     ) -> None:
         self.kernel, self.grid = kernel, grid
-        self.by_warp, self.checks, self.truncate = how.by_warp, how.checks and not how.counting, how.truncate
-        self.counting = how.counting
+        self.by_warp, self.truncate, self.most = how.by_warp, how.truncate, how.most
+        self.checks, self.counting = how.checks and not how.counting, how.counting
         self.rng = random.Random(how.seed)
         self.report = Report()
         self.buffers = sorted(buffers, key=lambda buffer: buffer.base)
@@ -173,6 +175,10 @@ class Agent(TensorCores):
         segments, sizes = self.kernel.translation.segments, self.kernel.translation.sizes
         while True:
             self.report.instructions += sizes[self.at]
+            if self.report.instructions > self.machine.most:
+                raise PtxError(
+                    f"{self.kernel.program.name}: more than {self.machine.most} instructions: an endless loop"
+                )
             self.at = segments[self.at](self, self.registers)
             if self.finished or self.waiting is not None or self.machine.rng.random() < 0.05:
                 return

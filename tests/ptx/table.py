@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from convwave.files import write_atomic
+from convwave.runs.registry import provenance
 
 from .launch import Launch
 from .traffic import total
 
 _NAMES = {torch.float32: "float32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 KEYS = ("kernel", "target", "precision")
-COUNTS = ("launches", "instructions", "barriers", "reads_across", "rows", "requested", "a_program", "once", "ideal")
+MOVED = ("asked", "a_program", "once", "ideal")  # bytes; in the table by row
+COUNTS = ("launches", "by_warp", "instructions", "barriers", "reads_across", "rows", *MOVED)
 
 
 def row_of(launch: Launch, target: str) -> dict[str, Any]:
@@ -29,11 +35,12 @@ def row_of(launch: Launch, target: str) -> dict[str, Any]:
         "target": target,
         "precision": precision,
         "launches": 1,
+        "by_warp": int(launch.by_warp),
         "instructions": launch.report.instructions,
         "barriers": launch.report.barriers,
         "reads_across": launch.report.reads_across,
         "rows": max((value.shape[0] for value in written if value.dim() == 2), default=1),
-        "requested": moved.requested,
+        "asked": moved.requested,
         "a_program": moved.a_program,
         "once": moved.once,
         "ideal": sum(value.numel() * value.element_size() for value in tensors.values()),
@@ -50,4 +57,21 @@ def summed(rows: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
                 table[key][name] += row[name]
         else:
             table[key] = dict(row)
+    for row in table.values():
+        for name in MOVED:
+            row[f"bytes_{name}"] = round(row.pop(name) / row["rows"], 1)
     return [table[key] for key in sorted(table)]
+
+
+LINE = (
+    "{kernel:23} {target} {precision:8} {launches:6,} launches {instructions:12,} instructions {reads_across:9,} words "
+    "across, bytes a row {bytes_asked:9,.0f} asked {bytes_a_program:9,.0f} a program {bytes_once:9,.0f} once "
+    "{bytes_ideal:9,.0f} ideal"
+)
+
+
+def write_section(path: Path, name: str, command: str, values: dict[str, Any]) -> None:
+    """Replace one section of a results file, with where it comes from; other sections stay."""
+    sections = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    sections[name] = {"provenance": provenance(command), **values}
+    write_atomic(path, (json.dumps(sections, indent=1, ensure_ascii=False) + "\n").encode())
