@@ -2,6 +2,7 @@
 
     python -m benchmarks.resources                    all configurations, into results/kernel_resources.json
     python -m benchmarks.resources --width 68 --target sm_90
+    python -m benchmarks.resources --missing          only those that results/ lacks: of a new kernel, or of other tiles
 
 The launchers themselves are run, and what they would have launched is compiled: so the table cannot disagree with the
 library. On sm_80 and sm_90 the figures are those of ``cuobjdump`` and ``nvdisasm``, on gfx942 those that LLVM writes
@@ -235,9 +236,7 @@ def counted(launch: Recorded, compiled: Any) -> dict[str, float]:
     given = {name: value for name, value in given.items() if value is not None}
     kernel = Compiled.of(compiled.asm["ptx"], compiled.metadata.shared, list(given))
     report = execute(launch.kernel.fn.__name__, kernel, launch.grid, given, How(counting=True))
-    node = launch.arguments.get("z_ptr")
-    if node is None:  # `score_names`, whose levels write nothing: a number for every column of its tiles
-        node = launch.arguments["table_ptr"][:1].expand(launch.arguments["tokens_ptr"].numel(), -1)
+    node = launch.arguments["z_ptr"]
     unit = node.numel() * node.element_size()
     nodes = sum(moved.once for (tensor, _), moved in traffic(report).items() if tensor in NODES)
     sums = {name: value / unit for name, value in zip(TRAFFIC, (*total(report), nodes), strict=False)}
@@ -252,7 +251,13 @@ def measured(row: dict[str, Any], launch: Recorded, counting: bool) -> dict[str,
     target, _, matrix = TARGETS[row["target"]]
     compiled = compile_launch(launch, target)
     count = counting and row["target"] != "gfx942" and max(row["C"], row["H"]) <= COUNTED
+    count &= row["kernel"] != "score_names"  # of which whole_names.py counts what a position takes
     return row | resources(compiled, matrix) | (counted(launch, compiled) if count else dict.fromkeys(TRAFFIC))
+
+
+def _key(row: dict[str, Any]) -> tuple[Any, ...]:
+    """What a row is of."""
+    return tuple(value for name, value in row.items() if name not in (*MEASURED, *TRAFFIC))
 
 
 _planned: list[tuple[dict[str, Any], Recorded, bool]] = []  # which forks inherit: jit functions cannot be sent
@@ -276,20 +281,23 @@ def main() -> None:
     parser.add_argument("--precision", action="append", choices=NVIDIA, help="default: all")
     parser.add_argument("--kernel", action="append", help="default: all")
     parser.add_argument("--compile-only", action="store_true", help="do not execute what was compiled")
+    parser.add_argument("--missing", action="store_true", help="keep the rows of results/, make those that it lacks")
     parser.add_argument("--out", type=Path, help="write the rows as JSON (default: results/, if all are made)")
     args = parser.parse_args()
     partial = args.target or args.width or args.precision or args.kernel or args.compile_only
     widths = [(c, c) for c in args.width] if args.width else WIDTHS
-    source = json.dumps(provenance("python -m benchmarks.resources"))
+    source = json.dumps(provenance("python -m benchmarks.resources" + " --missing" * args.missing))
     planned = plan(args.target or list(TARGETS), widths, args.precision or NVIDIA)
     chosen = [pair for pair in planned if not args.kernel or pair[0]["kernel"] in args.kernel]
-    _planned.extend((*pair, not args.compile_only) for pair in chosen)
-    rows = []
+    kept = json.loads(RESULTS.read_text())["rows"] if args.missing else []
+    made = {_key(row): row for row in kept}
+    _planned.extend((*pair, not args.compile_only) for pair in chosen if _key(pair[0]) not in made)
     with multiprocessing.get_context("fork").Pool(os.cpu_count()) as pool:
         for row in pool.imap(_measured, range(len(_planned))):
             counts = COUNTS.format(**row) if row["once"] is not None else ""
             print(LINE.format(**row) + counts + "  " + row["variant"], flush=True)
-            rows.append(row)
+            made[_key(row)] = row
+    rows = [made[_key(row)] for row, _ in chosen]
     out = args.out or (None if partial else RESULTS)
     if out is not None:
         lines = ",\n".join(json.dumps(row) for row in rows)

@@ -211,7 +211,7 @@ def test_results_repeat_to_the_last_bit() -> None:
 
 @pytest.mark.skipif("CONVWAVE_PTX" not in os.environ, reason="compiled code only")
 def test_a_race_in_the_scratch_memory_would_be_seen() -> None:
-    """Both ways, if the barriers were not there: those of the kernel, and those that triton happens to put beside them."""
+    """Both ways, without any barrier: the kernel's own, and those that triton happens to put beside them."""
     from tests.ptx.launch import on_emulator
 
     def without_barriers(name: str, ptx: str) -> str:
