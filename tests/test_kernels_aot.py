@@ -134,7 +134,7 @@ def test_what_the_default_moves_is_counted_again(tmp_path: Path) -> None:
 
 
 def test_whole_names_move_and_execute_less_than_level_by_level() -> None:
-    """As the README says of what was counted, which leaves embedding, head and log_softmax out of the path by levels."""
+    """As the README says of what was counted; the path by levels is without embedding, head and log_softmax."""
     table = json.loads((ROOT / "benchmarks/results/whole_names.json").read_text())["rows"]
     rows = {(row["target"], row["precision"], row["width"], row["path"]): row for row in table}
     for (*where, path), row in rows.items():
