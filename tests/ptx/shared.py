@@ -70,6 +70,11 @@ class SharedMemory(GlobalMemory):
         if self.machine.counting:
             self.report.bank(index[:, 0], index.shape[1], threads)
 
+    def _count_matrices(self, address: Array, count: int, place: str) -> None:
+        """Rows of 16 bytes, eight lanes a matrix: values are left alone, since no address depends on them."""
+        lanes = np.nonzero(np.arange(self.size) % 32 < 8 * count)[0]
+        self._bank(self.span(address[lanes], 16, place, "matrix"), lanes)
+
     def load_shared(
         self, address: Any, width: int, count: int, guard: Array | None, old: list[Array], place: str
     ) -> list[Array]:
@@ -103,10 +108,12 @@ class SharedMemory(GlobalMemory):
     def ldmatrix(self, address: Array, count: int, transposed: bool, place: str) -> list[Array]:
         """ "ldmatrix": 8 x 8 halves, whose rows eight lanes name; thread l gets two neighbours of row l / 4."""
         out = [np.zeros(self.size, u4) for _ in range(count)]
+        if self.machine.counting:
+            self._count_matrices(address, count, place)
+            return out
         for warp in range(0, self.size, 32):
             for m in range(count):
                 index = self.span(address[warp + 8 * m : warp + 8 * m + 8], 16, place, "ldmatrix")
-                self._bank(index, np.arange(8))
                 if self.machine.checks:
                     self._check_shared_read(index.reshape(32, 4), self.threads[warp : warp + 32], place)
                 halves = self.shared.data[index].view(u2)
@@ -116,10 +123,12 @@ class SharedMemory(GlobalMemory):
 
     def stmatrix(self, address: Array, values: list[Array], count: int, transposed: bool, place: str) -> None:
         """ "stmatrix": the reverse of ldmatrix."""
+        if self.machine.counting:
+            self._count_matrices(address, count, place)
+            return
         for warp in range(0, self.size, 32):
             for m in range(count):
                 index = self.span(address[warp + 8 * m : warp + 8 * m + 8], 16, place, "stmatrix")
-                self._bank(index, np.arange(8))
                 halves = np.ascontiguousarray(values[m][warp : warp + 32]).view(u2).reshape(8, 8)
                 data = np.ascontiguousarray(halves.T if transposed else halves).view(u1)
                 self._write_shared(index.reshape(32, 4), data.reshape(32, 4), self.threads[warp : warp + 32], place)
