@@ -88,7 +88,7 @@ def test_one_launch_evaluates_whole_names_where_it_can(
     vocab: cw.Vocabulary,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """As on a CUDA device: the CPU has a path of its own, which is put aside here, and says what to expect."""
+    """On a CUDA device, or as on one: the CPU's own path says what to expect, and is put aside."""
     from convwave.kernels import score
 
     calls = []
@@ -98,17 +98,20 @@ def test_one_launch_evaluates_whole_names_where_it_can(
         return _own(*args, **options)  # type: ignore[no-any-return]
 
     monkeypatch.setattr(score, "score_names", counted)
-    prepared = cw.EvaluationSet(cw.split_words([*words.words[:50], *words.words[:5]]), vocab, (2, 2, 2))
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    splits = cw.split_words([*words.words[:50], *words.words[:5]])
+    own, prepared = (cw.EvaluationSet(splits, vocab, (2, 2, 2), where) for where in ("cpu", device))
+    prepared._infer = None
     net = disturb(model(), 0).train()
     plain = cw.ConvWave(27, 5, net.widths).double()
     plain.load_state_dict({name.replace("head.1", "head"): value for name, value in net.state_dict().items()})
-    expected, expected_nll = prepared.losses(plain), prepared.nll(plain)
-    prepared._infer = None
-    torch.testing.assert_close(prepared.nll(net).double(), expected_nll, rtol=1e-4, atol=1e-4)
+    expected, expected_nll = own.losses(plain), own.nll(plain)
+    net.to(device)
+    torch.testing.assert_close(prepared.nll(net).double().cpu(), expected_nll, rtol=1e-4, atol=1e-4)
     assert len(calls) == launches
     assert net.training
     for name, split in prepared.losses(net).items():
         assert split.positions == expected[name].positions
         assert split.loss == pytest.approx(expected[name].loss, abs=1e-4)
     with pytest.raises(ValueError, match="expected factors"):
-        prepared.losses(cw.ConvWave(27, 5, 20, levels=2, backend=net.backend))
+        prepared.losses(cw.ConvWave(27, 5, 20, levels=2, backend=net.backend).to(device))
