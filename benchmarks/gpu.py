@@ -26,7 +26,15 @@ ROOT = Path(__file__).resolve().parent.parent
 # what compiles little comes first, so that a short run has seen most of the questions
 ORDER = ("roofline", "ladder", "launches", "context", "train", "sample", "breakeven", "width", "names")
 # those that need a GPU first; then what runs in the interpreter elsewhere, and compiles a kernel for most of its cases
-TESTS = ("test_graphed", "test_kernels_gpu", "test_ops", "test_kernels", "test_score_names", "test_evaluation", "test_verification")
+TESTS = (
+    "test_graphed",
+    "test_kernels_gpu",
+    "test_ops",
+    "test_kernels",
+    "test_score_names",
+    "test_evaluation",
+    "test_verification",
+)
 PARTS = {"width": 4, "ladder": 2}  # of the time, where others have 1
 FIRST_SHARE, TESTS_SHARE, SPEEDRUN_SHARE = 0.15, 0.35, 0.15  # of the time, at most
 SHARDS = 8  # processes of tests, at most one a core; each takes some 500 MB of the GPU's memory
