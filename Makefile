@@ -21,7 +21,7 @@ demo: $(READY)
 test: $(READY)
 	$(BIN)/python -m pytest
 
-# tests/test_kernels.py as compiled for sm_80 and sm_90, executed without a GPU, then faults planted in the compiled code
+# Kernel tests as compiled for sm_80 and sm_90, executed without a GPU, then faults planted in the compiled code
 # (ten minutes on two cores; compiled kernels are kept in .ptx_cache). Into benchmarks/results/ptx.json.
 ptx: $(READY)
 	$(BIN)/python -m tests.ptx
@@ -66,8 +66,8 @@ SANITIZE = PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --error-exitcode 1
 sanitize:
 	@command -v compute-sanitizer > /dev/null || { echo "make sanitize: compute-sanitizer is not on the PATH (it comes with the CUDA toolkit)" >&2; exit 2; }
 	@$(PYTHON) -c 'import sys, torch; sys.exit(not torch.cuda.is_available() and "make sanitize: needs a CUDA device, there is none")'
-	$(SANITIZE) --tool memcheck $(PYTHON) -m pytest tests/test_kernels.py -q -k "not random_graphs"
-	$(SANITIZE) --tool racecheck $(PYTHON) -m pytest tests/test_kernels.py -q -k "real_names or widths or numbers_of_rows"
+	$(SANITIZE) --tool memcheck $(PYTHON) -m pytest tests/test_kernels.py tests/test_score_names.py -q -k "not random_graphs"
+	$(SANITIZE) --tool racecheck $(PYTHON) -m pytest tests/test_kernels.py tests/test_score_names.py -q -k "real_names or widths or numbers_of_rows"
 
 # GPU tests and all studies with the system's Python, which has torch and triton; nine minutes, results in $$OUT.
 gpu:

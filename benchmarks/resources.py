@@ -2,6 +2,7 @@
 
     python -m benchmarks.resources                    all configurations, into results/kernel_resources.json
     python -m benchmarks.resources --width 68 --target sm_90
+    python -m benchmarks.resources --missing          only those that results/ lacks: of a new kernel, or of other tiles
 
 The launchers themselves are run, and what they would have launched is compiled: so the table cannot disagree with the
 library. On sm_80 and sm_90 the figures are those of ``cuobjdump`` and ``nvdisasm``, on gfx942 those that LLVM writes
@@ -41,7 +42,7 @@ if os.environ.get("TRITON_INTERPRET") == "1":
 
 import torch
 import triton
-from convwave.kernels import configs, stack
+from convwave.kernels import configs, score, stack
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
@@ -123,6 +124,12 @@ def stack_launches(C: int, H: int, precision: str, target: str) -> list[Recorded
             fixed = [level._replace(training=False) for level in levels]
             _, zs, stats = stack.stack_forward(x, levels, rows, multiplied)
             stack.stack_inference(x, fixed, rows, multiplied)
+            if H <= 128:  # whole names, with losses and with log-probabilities
+                packed = some_names(ROWS)
+                network = (empty(27**2, H, dtype=dtype), [empty(H, H, 2)] * 2, [empty(H)] * 2, empty(27, H), empty(27))
+                options = {"factors": (2, 2, 2), "activation": "tanh", "precision": multiplied, "longest": 8}
+                for targets in (packed.targets, None):
+                    score.score_names(packed.tokens, packed.age, *network, **options, targets=targets)
             stack.stack_backward(dh, x, levels, zs, stats, rows, multiplied)
     return launches
 
@@ -201,12 +208,15 @@ _VARIANTS = {  # of each kernel, by the arguments that are not None
     "conv_backward": {"prologue": "below_ptr", "order": "order_ptr", "blocks": "blocks_ptr", "fused": "dw_ptr"},
     "conv_weight": {"prologue": "below_ptr"},
     "block_sums": {"order": "order_ptr"},
+    "score_names": {"losses": "targets_ptr"},
 }
 
 
 def _row(target: str, launch: Recorded, precision: str) -> dict[str, Any]:
     a, name = launch.arguments, launch.kernel.fn.__name__.removesuffix("_kernel")
     variants = [variant for variant, argument in _VARIANTS.get(name, {}).items() if a[argument] is not None]
+    if name == "score_names":  # of all levels, with the columns that are there to pad
+        a = a | {"C": a["BH"] + a["BE"]}
     return {
         "target": target,
         "kernel": name,
@@ -241,7 +251,13 @@ def measured(row: dict[str, Any], launch: Recorded, counting: bool) -> dict[str,
     target, _, matrix = TARGETS[row["target"]]
     compiled = compile_launch(launch, target)
     count = counting and row["target"] != "gfx942" and max(row["C"], row["H"]) <= COUNTED
+    count &= row["kernel"] != "score_names"  # of which whole_names.py counts what a position takes
     return row | resources(compiled, matrix) | (counted(launch, compiled) if count else dict.fromkeys(TRAFFIC))
+
+
+def _key(row: dict[str, Any]) -> tuple[Any, ...]:
+    """What a row is of."""
+    return tuple(value for name, value in row.items() if name not in (*MEASURED, *TRAFFIC))
 
 
 _planned: list[tuple[dict[str, Any], Recorded, bool]] = []  # which forks inherit: jit functions cannot be sent
@@ -265,20 +281,23 @@ def main() -> None:
     parser.add_argument("--precision", action="append", choices=NVIDIA, help="default: all")
     parser.add_argument("--kernel", action="append", help="default: all")
     parser.add_argument("--compile-only", action="store_true", help="do not execute what was compiled")
+    parser.add_argument("--missing", action="store_true", help="keep the rows of results/, make those that it lacks")
     parser.add_argument("--out", type=Path, help="write the rows as JSON (default: results/, if all are made)")
     args = parser.parse_args()
     partial = args.target or args.width or args.precision or args.kernel or args.compile_only
     widths = [(c, c) for c in args.width] if args.width else WIDTHS
-    source = json.dumps(provenance("python -m benchmarks.resources"))
+    source = json.dumps(provenance("python -m benchmarks.resources" + " --missing" * args.missing))
     planned = plan(args.target or list(TARGETS), widths, args.precision or NVIDIA)
     chosen = [pair for pair in planned if not args.kernel or pair[0]["kernel"] in args.kernel]
-    _planned.extend((*pair, not args.compile_only) for pair in chosen)
-    rows = []
+    kept = json.loads(RESULTS.read_text())["rows"] if args.missing else []
+    made = {_key(row): row for row in kept}
+    _planned.extend((*pair, not args.compile_only) for pair in chosen if _key(pair[0]) not in made)
     with multiprocessing.get_context("fork").Pool(os.cpu_count()) as pool:
         for row in pool.imap(_measured, range(len(_planned))):
             counts = COUNTS.format(**row) if row["once"] is not None else ""
             print(LINE.format(**row) + counts + "  " + row["variant"], flush=True)
-            rows.append(row)
+            made[_key(row)] = row
+    rows = [made[_key(row)] for row, _ in chosen]
     out = args.out or (None if partial else RESULTS)
     if out is not None:
         lines = ",\n".join(json.dumps(row) for row in rows)

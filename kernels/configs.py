@@ -116,6 +116,14 @@ def forward_launch(C: int, H: int, dtype: torch.dtype, precision: str, device: t
     return Launch(rows, depth, columns, warps=8 if columns == 128 else 4, stages=stages)
 
 
+def score_launch(width: int, dtype: torch.dtype, precision: str, device: torch.device) -> Launch:
+    """For `score_names`: columns beyond 64 in a second tile where that is less than 128 in one, or spills less."""
+    ieee = dtype == torch.float32 and precision == "ieee"
+    columns = 64 if 64 < width <= 96 or ieee else 128
+    columns = min(columns, _pad(width, 16, 128))
+    return Launch(128, 16, columns, warps=8, stages=_stages(dtype, precision, device), per_sm=1)
+
+
 def elementwise_launch(C: int) -> Launch:
     """For `norm_activate_forward` and `norm_activate_backward`: 4,096 numbers a tile."""
     columns = _pad(C, 16, 128)

@@ -26,7 +26,7 @@ pytest.importorskip("triton")
 ROOT = Path(__file__).resolve().parent.parent
 COMMITTED = ROOT / "benchmarks/results/kernel_resources.json"
 SHARED = {"sm_80": 163 * 1024, "sm_90": 227 * 1024, "gfx942": 64 * 1024}  # bytes that a program can have
-PRODUCTS = ("conv_forward", "conv_backward", "conv_weight")
+PRODUCTS = ("conv_forward", "conv_backward", "conv_weight", "score_names")
 MEASURED = ("registers", "spilled", "shared", "matrix")
 TRAFFIC = ("asked", "a_program", "once", "nodes", "conflicts", "products")
 
@@ -61,6 +61,7 @@ def test_kernels_compile_and_fit(target: str, precision: str, tmp_path: Path) ->
         "norm_activate_forward",
         "norm_activate_backward",
         "block_sums",
+        "score_names",
     }
     for row in rows:
         check(row)
@@ -128,8 +129,28 @@ def test_what_the_default_moves_is_counted_again(tmp_path: Path) -> None:
     committed = {row_key(row): row for row in json.loads(COMMITTED.read_text())["rows"]}
     for row in rows:
         assert [row[name] for name in TRAFFIC] == [committed[row_key(row)][name] for name in TRAFFIC]
-        if row["kernel"] != "conv_weight" and "order" not in row["variant"]:
+        if row["kernel"] not in ("conv_weight", "score_names") and "order" not in row["variant"]:
             assert row["a_program"] <= 1.5 * row["once"], row
+
+
+def test_whole_names_move_and_execute_less_than_level_by_level() -> None:
+    """As the README says of what was counted; the path by levels is without embedding, head and log_softmax."""
+    table = json.loads((ROOT / "benchmarks/results/whole_names.json").read_text())["rows"]
+    rows = {(row["target"], row["precision"], row["width"], row["path"]): row for row in table}
+    for (*where, path), row in rows.items():
+        if path == "one launch":
+            by_level = rows[*where, "level by level"]
+            assert row["memory"] < by_level["memory"] / 25
+            assert row["a_program"] < by_level["a_program"] / 1.9
+            assert row["asked"] < by_level["asked"] / 1.1
+            assert row["instructions"] < 1.02 * by_level["instructions"]
+    post = [rows["sm_90", "tf32x3", 68, path] for path in ("one launch", "level by level")]
+    figures = [f"{row[name]:,.0f}" for name in ("memory", "a_program", "instructions") for row in post]
+    readme = " ".join((ROOT / "README.md").read_text(encoding="utf-8").split())
+    said = (
+        "moves {} bytes of memory a position instead of {}, {} of L2 instead of {}, and executes {} warp instructions"
+    )
+    assert f"{said} instead of {{}}".format(*figures) in readme
 
 
 def row_key(row: dict[str, Any]) -> tuple[Any, ...]:

@@ -26,11 +26,15 @@ from typing import Any, NamedTuple
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "benchmarks/results/ptx.json"
 TARGETS = ("sm_80", "sm_90")
-WHOLE = ("tests/test_kernels.py", "tests/ptx/cases.py", "tests/ptx/machine_code.py")
+WHOLE = ("tests/test_kernels.py", "tests/test_score_names.py", "tests/ptx/cases.py", "tests/ptx/machine_code.py")
 # of tests/test_kernels.py: every kernel and every way of using one, in the precisions that are in use most
 CHOICE = (
     "tests/ptx/cases.py",
     "tests/ptx/machine_code.py::test_the_machine_code_has_the_hazard_only_where_it_is_pipelined",
+    "tests/test_score_names.py::test_widths[widths3-tf32x3]",
+    "tests/test_score_names.py::test_contexts_and_names_longer_than_a_tile[factors2-ieee]",
+    "tests/test_score_names.py::test_half_precision_storage[dtype0]",
+    "tests/test_score_names.py::test_a_race_in_the_scratch_memory_would_be_seen",
     *(
         f"tests/test_kernels.py::{test}"
         for test in (

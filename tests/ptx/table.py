@@ -25,7 +25,7 @@ COUNTS = ("launches", "by_warp", "instructions", "barriers", "reads_across", "ro
 def row_of(launch: Launch, target: str) -> dict[str, Any]:
     """What is kept of a launch: bytes of all tensors that it was given are what it has to move, each once."""
     tensors = {name: value for name, value in launch.arguments.items() if isinstance(value, Tensor)}
-    stored = next((tensors[name].dtype for name in ("x_ptr", "z_ptr") if name in tensors), torch.float32)
+    stored = next((tensors[name].dtype for name in ("x_ptr", "z_ptr", "table_ptr") if name in tensors), torch.float32)
     multiplied = launch.constants.get("PRECISION")
     precision = multiplied if stored == torch.float32 and multiplied else _NAMES.get(stored, "float32")
     moved = total(launch.report)
@@ -38,7 +38,7 @@ def row_of(launch: Launch, target: str) -> dict[str, Any]:
         "instructions": launch.report.instructions,
         "barriers": launch.report.barriers,
         "reads_across": launch.report.reads_across,
-        "rows": max(tensors[name].shape[0] for name in ("x_ptr", "z_ptr", "g_ptr") if name in tensors),
+        "rows": max(tensors[name].shape[0] for name in ("x_ptr", "z_ptr", "g_ptr", "tokens_ptr") if name in tensors),
         "asked": moved.requested,
         "a_program": moved.a_program,
         "once": moved.once,

@@ -48,7 +48,7 @@ def test_a_choice_of_the_kernels_tests_passes_as_compiled_for_sm_80_and_sm_90(tm
     for target in ("sm_80", "sm_90"):
         rows = [row for row in executed["rows"] if row["target"] == target]
         # of sm_90, conv_weight is for levels that are too wide for the fused kernel, or have other than two taps
-        assert {row["kernel"] for row in rows} >= KERNELS
+        assert {row["kernel"] for row in rows} >= KERNELS | {"score_names"}
         assert {row["kernel"] for row in rows if row["by_warp"]} >= KERNELS
         assert {"ieee", "tf32x3", "bf16"} <= {row["precision"] for row in rows}
         assert sum(row["reads_across"] for row in rows) > 0
