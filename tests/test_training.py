@@ -426,7 +426,7 @@ def test_the_order_of_names_is_that_of_seed_and_epoch(few: cw.Words) -> None:
         plan = Plan("names", n - 1, 9, seed)
         reader = StepReader(plan, corpus.train, len(corpus.vocabulary), (2, 2, 2), torch.Generator())
         order = torch.randperm(n, generator=torch.Generator().manual_seed(number))[: n - 1]
-        assert torch.equal(reader._names(epoch, n - 1), order)
+        assert torch.equal(reader.names(epoch, n - 1), order)
 
 
 def test_only_left_overs_of_the_run_are_cleared(few: cw.Words, tmp_path: Path) -> None:

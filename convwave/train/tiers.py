@@ -85,6 +85,7 @@ class Tier(NamedTuple):
 # the fastest first
 TIERS = {
     "cuda-graph": Tier("convwave.train.cuda_graph:GraphedRun", "cuda", ("convwave",), ("muon",), ("text",)),
+    "fused": Tier("convwave.train.fused:FusedRun", "cpu", ("convwave",), ("muon",), ("names", "contexts", "text")),
     "cpu": Tier("convwave.train.closed_form:ClosedFormRun", "cpu", ("convwave",), ("muon",)),
     "reference": Tier("convwave.train.autograd:begin"),
 }
