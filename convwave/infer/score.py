@@ -38,6 +38,7 @@ class EvaluationSet:
         splits: the words.
         vocabulary, factors: of the networks that will be evaluated.
         device: where to evaluate.
+        compiled: by the compiled loops of `ops.loops` where they take the network, on a CPU; else by PyTorch.
 
     Attributes:
         graph: of all positions of all splits, over distinct subcontexts.
@@ -51,6 +52,7 @@ class EvaluationSet:
         vocabulary: Vocabulary,
         factors: tuple[int, ...],
         device: torch.device | str = "cpu",
+        compiled: bool = False,
     ) -> None:
         packed = pack([*splits.train, *splits.val, *splits.test], vocabulary)
         self.graph: Graph = distinct_graph(packed, factors=factors).to(device)
@@ -60,6 +62,11 @@ class EvaluationSet:
         pairs, self._pair = torch.unique(self.graph.inverse * vocab_size + self.targets, return_inverse=True)
         self._pair_rows, self._pair_targets = pairs // vocab_size, pairs % vocab_size
         self._infer = Inference(self.graph) if self.targets.device.type == "cpu" else None
+        self._compiled = None
+        if compiled and self._infer is not None and set(factors) == {2}:
+            from convwave.infer.compiled import CompiledLosses
+
+            self._compiled = CompiledLosses(self.graph)
 
         train = set(splits.train)
         novel = [word not in train for word in splits.val]
@@ -87,6 +94,8 @@ class EvaluationSet:
     @torch.no_grad()
     def _of_pairs(self, model: ConvWave) -> Tensor:
         """The same for every distinct pair of context and target: 88,331 in names.txt."""
+        if self._compiled is not None and self._compiled.takes(model):
+            return self._compiled(model)
         if self._infer is not None:
             logp = self._infer(model)
         else:

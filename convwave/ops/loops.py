@@ -1,8 +1,8 @@
 """Compiled loops for a CPU: the closed form of a training step, exact statistics and losses, in float32.
 
-numba compiles them, once for every machine, into files beside this one or in its cache folder. Matrix products are
-SciPy's BLAS, called from inside the loops. Everything here lies in one file because numba looks for changes of this file
-only. Without numba, SciPy and threadpoolctl (``pip install 'convwave[fast]'``) the module cannot be imported.
+numba compiles them, once on every machine, into files beside this one or in its cache folder. Matrix products are
+SciPy's BLAS, called from inside the loops. All loops lie in one file because numba compiles anew only where the file of
+the called function has changed. The module needs numba, SciPy and threadpoolctl: ``pip install 'convwave[fast]'``.
 
 Shapes: L levels of two taps, N rows of a level, R rows that a tap can read, C channels below, H channels, E channels of
 the embedding, V tokens. `M` is the most rows that a buffer holds, of any level.
@@ -170,8 +170,8 @@ def product(a: Floats, a_transposed: bool, b: Floats, b_transposed: bool, beta: 
 
 # x P(x^2) / Q(x^2) nearest to tanh(x) in relative error, 2^-25.4, on 0 to 9.01, by iterated weighted least squares in
 # float64; coefficients were rounded one after the other, each followed by another fit of the rest. All are positive, so
-# that nothing cancels: rounding adds 11 units of 2^-24 at most (8 for two polynomials of 4 multiply-adds, 1 for x, 1 for
-# the quotient, 1/2 for x^2), 5 as measured on every float32.
+# that nothing cancels: rounding adds 11 units of 2^-24 at most (8 for two polynomials of 4 multiply-adds, 1 for the
+# product with x, 1 for the quotient, 1/2 for x^2); measured on every float32, the error is 5.1 units.
 _TANH_END = np.float32(9.01)  # from here on tanh(x) is 1 in float32
 _P1, _P2, _P3, _P4 = (np.float32(c) for c in (0.13383327, 0.0034982606, 2.0650958e-5, 1.3408862e-8))
 _Q1, _Q2, _Q3, _Q4 = (np.float32(c) for c in (0.4671665, 0.0258873012, 0.000328991213, 7.79955428e-7))
@@ -179,7 +179,7 @@ _ONE = np.float32(1)
 
 
 @_exact
-def tanh(x: float) -> float:
+def tanh(x: np.float32) -> np.float32:
     """tanh of a float32 within 6 units of 2^-24, relative; x itself near 0, exactly 1 from 9.01 on, NaN of NaN."""
     x = -_TANH_END if x < -_TANH_END else x
     x = _TANH_END if x > _TANH_END else x
@@ -199,7 +199,7 @@ _HALF = np.float32(0.5)
 
 
 @_exact
-def exp_of_negative(x: float) -> float:
+def exp_of_negative(x: np.float32) -> np.float32:
     """e^x of a float32 x <= 0 within 4 units of 2^-24, relative; e^-87 below -87, NaN of NaN.
 
     ``x = k ln 2 + f`` with ``|f| <= 0.35``, where Taylor's next term, f^8 / 40320, is below 2^-26 of e^f.
@@ -216,14 +216,14 @@ def exp_of_negative(x: float) -> float:
 
 
 @_inner
-def _add_rows(counts: Floats, p: Floats, out: Floats) -> None:
+def _add_rows(counts: Doubles, p: Floats, out: Floats) -> None:
     """``out += sum_r counts[r] p[r]``, (H,)."""
     rows, width = p.shape
     part = np.empty(width, np.float32)
     for start in range(0, rows, CHUNK):
         part[:] = 0
         for r in range(start, min(start + CHUNK, rows)):
-            c = counts[r]
+            c = np.float32(counts[r])
             for h in range(width):
                 part[h] += c * p[r, h]
         for h in range(width):
@@ -262,7 +262,7 @@ def _normalise(
     rows, total = part.rows[level], part.totals[level]
     width = mean.size
     weights = part.weights[level]
-    counts = np.empty(products.shape[1], np.float32)
+    counts = np.empty(products.shape[1])
     mean[:] = 0
     var[:] = 0
     for j in range(2):
@@ -603,20 +603,17 @@ class Text(NamedTuple):
     """The distinct graph of a whole text, and memory for cutting parts out of it. `M` is the most rows of a level.
 
     Attributes:
-        taps: (L, 2, M) rows below; at level 0 tokens.
-        counts: (N_L,) how often each top row occurs.
-        offsets: (N_L + 1,) int64 where the targets of each top row begin, and their number.
-        target_ids, target_counts: in the order of the top rows.
+        taps: (L, M, 2) rows below; at level 0 tokens.
+        begins: (N_L + 1,) where the targets of each top row begin, and their number.
+        targets: (T, 2) a token and how often it follows, in the order of the top rows.
         kept: (L, M) rows of each level that a part has, in its order.
         local: (L, M) the number in the part of each row that it has.
         marks: (L, 8 * ceil(M / 8)) uint8, 0 between two parts.
     """
 
     taps: Ints
-    counts: Floats
-    offsets: NDArray[np.int64]
-    target_ids: Ints
-    target_counts: Floats
+    begins: Ints
+    targets: Ints
     kept: Ints
     local: Ints
     marks: NDArray[np.uint8]
@@ -637,48 +634,70 @@ def _marked(marks: NDArray[np.uint8], kept: Ints, places: NDArray[np.int64]) -> 
 
 
 @_inner
+def _read_taps(text: Text, part: Part, level: int) -> None:
+    """The rows below, by their numbers in the text, that the kept rows of a level read."""
+    for n in range(part.rows[level]):
+        for j in range(2):
+            part.taps[level, j, n] = text.taps[level, text.kept[level, n], j]
+
+
+@_inner
 def _cut(text: Text, part: Part) -> None:
-    """All of a part below its top level, whose rows, weights and total are there.
+    """All of a part that follows from the rows, weights and total of its top level.
 
     The rows of a level that only the older tap reads come first, then those that both read, then the rest: so each tap
     reads one range.
     """
-    levels = part.totals.size
     places = np.empty(4, np.int64)
-    for level in range(levels - 1, 0, -1):
-        rows, kept, local, marks = part.rows[level], text.kept[level - 1], text.local[level - 1], text.marks[level - 1]
+    for level in range(part.totals.size - 1, 0, -1):
+        _read_taps(text, part, level)
+        rows, older, newer = part.rows[level], part.taps[level, 0], part.taps[level, 1]
+        kept, local, marks = text.kept[level - 1], text.local[level - 1], text.marks[level - 1]
         only_older = both = only_newer = 0
         for n in range(rows):
-            row = text.taps[level, 0, text.kept[level, n]]
-            only_older += marks[row] == 0
-            marks[row] = 1
+            only_older += marks[older[n]] == 0
+            marks[older[n]] = 1
         for n in range(rows):
-            row = text.taps[level, 1, text.kept[level, n]]
-            only_newer += marks[row] == 0
-            both += marks[row] == 1
-            marks[row] |= 2
+            only_newer += marks[newer[n]] == 0
+            both += marks[newer[n]] == 1
+            marks[newer[n]] |= 2
         only_older -= both
         below = only_older + both + only_newer
         places[1], places[3], places[2] = 0, only_older, only_older + both
         _marked(marks, kept, places)
-        weights = part.weights[level - 1]
+        weights = np.zeros(below)
         for n in range(below):
             local[kept[n]] = n
-            weights[n] = 0
         for n in range(rows):
-            older = local[text.taps[level, 0, text.kept[level, n]]]
-            newer = local[text.taps[level, 1, text.kept[level, n]]]
-            weights[older] += part.weights[level, n]
-            weights[newer] += part.weights[level, n]
-            part.taps[level, 0, n] = older
-            part.taps[level, 1, n] = newer - only_older
+            older[n], newer[n] = local[older[n]], local[newer[n]]
+            weights[older[n]] += part.weights[level, n]
+            weights[newer[n]] += part.weights[level, n]
+            newer[n] -= only_older
+        for n in range(below):
+            part.weights[level - 1, n] = weights[n]
         part.ranges[level, 0] = 0, only_older + both
         part.ranges[level, 1] = only_older, below
         part.rows[level - 1] = below
         part.totals[level - 1] = 2 * part.totals[level]
-    for n in range(part.rows[0]):
-        for j in range(2):
-            part.taps[0, j, n] = text.taps[0, j, text.kept[0, n]]
+    _read_taps(text, part, 0)
+
+
+@_inner
+def _take(text: Text, part: Part, targets: int, scale: float) -> int:
+    """Append the targets of the last top row, times `scale`, and weigh the row by them; returns their number so far."""
+    top = part.totals.size - 1
+    n = part.rows[top] - 1
+    row = text.kept[top, n]
+    windows = 0
+    for k in range(text.begins[row], text.begins[row + 1]):
+        part.target_rows[targets] = n
+        part.target_ids[targets] = text.targets[k, 0]
+        part.target_counts[targets] = text.targets[k, 1] * np.float32(scale)
+        windows += text.targets[k, 1]
+        targets += 1
+    part.weights[top, n] = windows * np.float32(scale)
+    part.totals[top] += part.weights[top, n]
+    return targets
 
 
 @_entry
@@ -687,24 +706,18 @@ def take_contexts(text: Text, part: Part, positions: Doubles, probabilities: Dou
     probability, has just passed a whole number; each weighs 1 / p.
     """
     top = part.totals.size - 1
-    marks, kept, weights = text.marks[top], text.kept[top], part.weights[top]
+    marks, kept = text.marks[top], text.kept[top]
     for row in range(positions.size):
         position = positions[row] + probabilities[row] * steps
         marks[row] = position - np.floor(position) < probabilities[row]
     places = np.zeros(2, np.int64)
     _marked(marks, kept, places)
-    total, targets = 0.0, 0
+    part.totals[top] = 0
+    targets = 0
     for n in range(places[1]):
-        row = kept[n]
-        scale = np.float32(1 / probabilities[row])
-        weights[n] = text.counts[row] * scale
-        total += weights[n]
-        for k in range(text.offsets[row], text.offsets[row + 1]):
-            part.target_rows[targets] = n
-            part.target_ids[targets] = text.target_ids[k]
-            part.target_counts[targets] = text.target_counts[k] * scale
-            targets += 1
-    part.rows[top], part.rows[top + 1], part.totals[top] = places[1], targets, total
+        part.rows[top] = n + 1
+        targets = _take(text, part, targets, 1 / probabilities[kept[n]])
+    part.rows[top + 1] = targets
     _cut(text, part)
 
 
@@ -738,7 +751,7 @@ def take_names(
     total = 0
     for n in range(number):
         begins[n] = total
-        total += np.int64(weights[n])
+        total += int(weights[n])
     for name in names:
         for position in range(starts[name], starts[name + 1]):
             n = local[rows[position]]
@@ -752,19 +765,16 @@ def take_names(
 
 
 @_entry
-def take_everything(text: Text, part: Part, rows: int) -> None:
+def take_everything(text: Text, part: Part) -> None:
     """The whole text as a part."""
     top = part.totals.size - 1
-    total = 0.0
-    for row in range(rows):
+    part.totals[top] = 0
+    targets = 0
+    for row in range(text.begins.size - 1):
         text.kept[top, row] = row
-        part.weights[top, row] = text.counts[row]
-        total += text.counts[row]
-        for k in range(text.offsets[row], text.offsets[row + 1]):
-            part.target_rows[k] = row
-            part.target_ids[k] = text.target_ids[k]
-            part.target_counts[k] = text.target_counts[k]
-    part.rows[top], part.rows[top + 1], part.totals[top] = rows, text.offsets[rows], total
+        part.rows[top] = row + 1
+        targets = _take(text, part, targets, 1.0)
+    part.rows[top + 1] = targets
     _cut(text, part)
 
 
@@ -773,7 +783,9 @@ def take_everything(text: Text, part: Part, rows: int) -> None:
 
 
 @_entry
-def statistics(net: Network, part: Part, products: Floats, h: Floats, eps: float, means: Floats, variances: Floats) -> None:
+def statistics(
+    net: Network, part: Part, products: Floats, h: Floats, eps: float, means: Floats, variances: Floats
+) -> None:
     """Mean and unbiased variance of every level over a part, in training mode.
 
     Args:

@@ -1,6 +1,6 @@
 """Tier "fused": the step of tier "cpu" as compiled loops, see `ops.loops`, with batches cut by loops too.
 
-Parameters, gradients and running means lie in two arrays each, one for the convolution matrices (Muon's) and one for all
+Parameters, gradients and running means lie in two arrays, one for the convolution matrices (Muon's) and one for all
 else (Adam's), in the order of tier "cpu", so that the states of both tiers have the same tensors.
 
 Shapes: L levels, C channels below, H channels, V tokens.
@@ -10,20 +10,16 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from typing import Any
 
-import numba
 import numpy as np
 import torch
-from numba.core import event
-from threadpoolctl import ThreadpoolController
 from torch import Tensor
 
 from convwave.data.batches import StepReader
-from convwave.data.graph import Graph
 from convwave.data.packing import Packed, Vocabulary
 from convwave.nn import ConvWave
 from convwave.ops import loops
+from convwave.ops.compiled import everything, memory_for, part_of, prepare, room, text_of, threads_of_torch
 from convwave.train.config import Config
 from convwave.train.optim import ADAM_BETA2
 from convwave.train.setup import convolution, network_state, prefixed, restore_network, without_prefix
@@ -89,57 +85,6 @@ def _views(flat: loops.Floats, shapes: list[tuple[int, ...]]) -> list[loops.Floa
     return [flat[end - np.prod(shape) : end].reshape(shape) for end, shape in zip(ends, shapes, strict=True)]
 
 
-def text_of(graph: Graph) -> loops.Text:
-    """A distinct graph in the arrays of the loops."""
-    assert graph.target_rows is not None
-    L, M = graph.levels, max(weights.numel() for weights in graph.weights)
-    taps = np.zeros((L, 2, M), np.int32)
-    for level, rows in enumerate((graph.tokens[graph.taps[0]], *graph.taps[1:])):
-        taps[level, :, : rows.shape[1]] = rows.numpy()
-    rows, order = graph.target_rows.sort(stable=True)
-    return loops.Text(
-        taps,
-        graph.weights[-1].float().numpy(),
-        torch.searchsorted(rows, torch.arange(graph.num_rows + 1)).numpy(),
-        graph.target_ids[order].int().numpy(),
-        graph.target_counts[order].float().numpy(),
-        np.empty((L, M), np.int32),
-        np.empty((L, M), np.int32),
-        np.zeros((L, -(-M // 8) * 8), np.uint8),
-    )
-
-
-def empty_part(levels: int, vocab_size: int, rows: int, targets: int) -> loops.Part:
-    """Room for a part of a graph of at most that many rows in a level, and that many targets."""
-    return loops.Part(
-        np.zeros(levels + 1, np.int64),
-        np.empty((levels, 2, rows), np.int32),
-        np.tile(np.array([0, vocab_size]), (levels, 2, 1)),
-        np.empty((levels, rows), np.float32),
-        np.zeros(levels),
-        np.empty(targets, np.int32),
-        np.empty(targets, np.int32),
-        np.empty(targets, np.float32),
-    )
-
-
-def graph_part(graph: Graph, vocab_size: int) -> loops.Part:
-    """A whole graph of any kind as a part."""
-    M = max(weights.numel() for weights in graph.weights)
-    part = empty_part(graph.levels, vocab_size, M, graph.target_ids.numel())
-    below = (vocab_size, *(weights.numel() for weights in graph.weights))
-    for level, taps in enumerate((graph.tokens[graph.taps[0]], *graph.taps[1:])):
-        n = taps.shape[1]
-        part.rows[level], part.totals[level], part.ranges[level, :, 1] = n, graph.totals[level], below[level]
-        part.taps[level, :, :n], part.weights[level, :n] = taps.numpy(), graph.weights[level].numpy()
-    rows = torch.arange(graph.num_rows) if graph.target_rows is None else graph.target_rows
-    rows, order = rows.sort(stable=True)
-    part.rows[-1] = rows.numel()
-    part.target_rows[:], part.target_ids[:] = rows.numpy(), graph.target_ids[order].numpy()
-    part.target_counts[:] = graph.target_counts[order].numpy()
-    return part
-
-
 class Parts:
     """What `StepReader.batch` reads, cut by compiled loops.
 
@@ -159,8 +104,8 @@ class Parts:
         if self._text is None or self._part is None:
             graph, packed = self.reader.everything, self.reader.packed
             self._text = text_of(graph)
-            rows, targets = self._text.taps.shape[2], max(graph.target_ids.numel(), len(packed))
-            self._part = empty_part(self._levels, self.vocab_size, rows, targets)
+            rows, targets = self._text.taps.shape[1], max(graph.target_ids.numel(), len(packed))
+            self._part = room(self._levels, self.vocab_size, rows, targets)
             assert graph.inverse is not None
             arrays = (graph.inverse.int(), packed.targets.int(), packed.cu_seqlens)
             self._rows, self._targets, self._starts = (array.numpy() for array in arrays)
@@ -170,20 +115,18 @@ class Parts:
     def whole(self) -> loops.Part:
         """The whole text as a part, made on first use."""
         if self._whole is None:
-            text, _ = self.text()
-            rows, targets = text.taps.shape[2], text.target_ids.size
-            self._whole = empty_part(self._levels, self.vocab_size, rows, targets)
-            loops.take_everything(text, self._whole, text.counts.size)
+            self._whole = everything(self.text()[0], self.vocab_size)
         return self._whole
 
     def __call__(self, i: int) -> loops.Part:
         """The part of step i; the next call may overwrite it."""
         if self.plan.token_noise:
-            return graph_part(self.reader.graph(i), self.vocab_size)
-        if self.reader.reads_all:
+            return part_of(self.reader.graph(i), self.vocab_size)
+        contexts = self.plan.batch_of == "contexts"
+        if self.reader.reads_all and not contexts:
             return self.whole
         text, part = self.text()
-        if self.plan.batch_of == "contexts":
+        if contexts:
             positions, probabilities, steps = self.reader.sampler.phases(i)
             loops.take_contexts(text, part, positions.numpy(), probabilities.numpy(), steps)
         else:
@@ -195,8 +138,6 @@ class Parts:
 class FusedRun(Run):
     """The same batches and the same step as `autograd.ConvolutionRun`, in compiled loops."""
 
-    block = 64
-
     def __init__(self, config: Config, train: Packed, vocabulary: Vocabulary) -> None:
         self.config = config
         self.net, self.reader = convolution(config, train, vocabulary)
@@ -207,13 +148,31 @@ class FusedRun(Run):
         self._work = _work(config.levels, 0, config.n_hidden)
         channels = max(config.n_hidden, config.n_embd)
         self._scratch = np.empty((2, 2 * channels * config.n_hidden), np.float32)
-        self._blas = ThreadpoolController()
+
+    def prepare(self, message: Callable[[str], None]) -> None:
+        weights, one, two = self.weights, np.zeros(1), np.zeros((2, 1, 1), np.float32)
+        part = room(self.config.levels, self.reader.vocab_size, 1, 1)
+        rows, table, places = np.zeros(1, np.int32), np.zeros((1, 1), np.int32), np.zeros(1, np.int64)
+        text = loops.Text(table[None], rows, table, table, table, np.zeros((1, 8), np.uint8))
+        steps = loops.Muon(0.1, 0.9, 0.1, 3), loops.Adam(0.1, 0.9, 0.95, 0.1, 1e-8, 1)
+        prepare(
+            [
+                (loops.take_contexts, (text, part, one, one, 1)),
+                (loops.take_names, (text, part, rows, rows, places, places)),
+                (loops.take_everything, (text, part)),
+                (loops.gradients, (weights.net, weights.grad, part, self._work, weights.eps)),
+                (loops.update, (weights.net, weights.grad, weights.means, *steps, weights.vectors, self._scratch)),
+                (loops.statistics, (weights.net, part, two, two, weights.eps, two[0], two[0])),
+                (loops.losses, (weights.net, part, two, two, weights.vectors[0])),
+            ],
+            message,
+        )
 
     def step(self, i: int) -> float:
         return self.steps(i, i + 1)[0]
 
     def steps(self, first: int, stop: int) -> list[float]:
-        with self._blas.limit(limits=torch.get_num_threads(), user_api="blas"):
+        with threads_of_torch():
             return [self._step(i) for i in range(first, stop)]
 
     def _step(self, i: int) -> float:
@@ -229,9 +188,7 @@ class FusedRun(Run):
         loss = loops.gradients(weights.net, weights.grad, part, self._work, weights.eps)
         self._done += 1
         muon = loops.Muon(recipe.lr * rate, recipe.momentum, recipe.weight_decay, recipe.orthogonal_steps)
-        adam = loops.Adam(
-            recipe.adam_lr * rate, recipe.adam_beta, ADAM_BETA2, recipe.weight_decay, 1e-8, self._done
-        )
+        adam = loops.Adam(recipe.adam_lr * rate, recipe.adam_beta, ADAM_BETA2, recipe.weight_decay, 1e-8, self._done)
         loops.update(weights.net, weights.grad, weights.means, muon, adam, weights.vectors, self._scratch)
         return loss
 
@@ -243,12 +200,10 @@ class FusedRun(Run):
 
     def finish(self) -> ConvWave:
         net, part = copy.deepcopy(self.model()), self.parts.whole
-        L, H, rows = self.config.levels, self.config.n_hidden, part.rows[:-1]
-        below = np.empty((2, max([loops.CHUNK, *rows[:-1]]), H), np.float32)
-        products = np.empty((2, max([self.reader.vocab_size, *rows[:-1]]), H), np.float32)
-        moments = np.empty((2, L, H), np.float32)
-        with self._blas.limit(limits=torch.get_num_threads(), user_api="blas"):
-            loops.statistics(self.weights.net, part, products, below, self.weights.eps, moments[0], moments[1])
+        memory = memory_for(part, self.config.n_hidden, self.reader.vocab_size, loops.CHUNK)
+        moments = np.empty((2, self.config.levels, self.config.n_hidden), np.float32)
+        with threads_of_torch():
+            loops.statistics(self.weights.net, part, *memory, self.weights.eps, *moments)
         for block, mean, var in zip(net.layers, *torch.from_numpy(moments), strict=True):
             block.norm.reset_running_stats()
             block.norm.running_mean.copy_(mean)
