@@ -32,10 +32,12 @@ SECONDS = 300  # after which a fault is taken to hang
 
 # Where to look for a fault that MUTANTS.md names no test for: by module, what is likely to see it first, then the rest.
 _FILES = (
-    "per_level graph batches generation sampling runs evaluation equivalence convert data frozen closed_form ops nn"
+    "per_level graph batches generation sampling runs evaluation equivalence convert data frozen "
+    "closed_form ops nn fused"
 )
 _FIRST = {
     "data": "graph batches data frozen",
+    "train.fused": "fused",
     "train": "per_level frozen",
     "infer.generate": "generation sampling",
     "infer.score": "evaluation per_level",
@@ -43,6 +45,8 @@ _FIRST = {
     "nn": "nn ops per_level frozen",
     "ops.functional": "ops",
     "ops.library": "ops",
+    "ops.loops": "fused",
+    "ops.compiled": "fused",
 }
 _SLOW = ["tiers_end_at_the_same_losses"]
 _KERNELS = (
@@ -651,6 +655,43 @@ MUTANTS += [
         "/ tl.maximum(n_new, 1e-30)",
         "/ n_new",
     ),
+    # the compiled loops, which numba compiles anew for every fault: its cache lies beside the planted file
+    Mutant(
+        "loops: counts ignored in the mean",
+        "ops.loops",
+        "c[part.taps[level, j, n]] += weights[n]",
+        "c[part.taps[level, j, n]] += 1",
+    ),
+    Mutant("loops: no gradient through the variance", "ops.loops", "w * (a[h] + b[h] * z[n, h])", "w * a[h]"),
+    Mutant(
+        "loops: biased for unbiased in the backward pass",
+        "ops.loops",
+        "rstd[level, h] / np.float32(total - 1)",
+        "rstd[level, h] / np.float32(total)",
+    ),
+    Mutant("loops: tanh ends too early", "ops.loops", "_TANH_END = np.float32(9.01)", "_TANH_END = np.float32(8.0)"),
+    Mutant("loops: ln 2 in one piece", "ops.loops", " - k * _LN2_LOW", ""),
+    Mutant("loops: the newer tap reads from row 0", "ops.loops", "newer[n] -= only_older", "newer[n] -= 0"),
+    Mutant(
+        "loops: targets of drawn contexts are not scaled",
+        "ops.loops",
+        "text.targets[k, 1] * np.float32(scale)",
+        "np.float32(text.targets[k, 1])",
+    ),
+    Mutant("loops: Muon without Nesterov", "ops.loops", "np.float32(muon.momentum) * (m", "np.float32(1) * (m"),
+    Mutant(
+        "loops: the head's gradient is that of the last block",
+        "ops.loops",
+        "False, 0 if start == 0 else 1, grad.head)",
+        "False, 0, grad.head)",
+    ),
+    Mutant(
+        "fused: contexts of few names are all contexts",
+        "train.fused",
+        "if self.reader.reads_all and not contexts:",
+        "if self.reader.reads_all:",
+    ),
+    Mutant("fused: Adam's steps start anew", "train.fused", 'self._done = int(optimizer["steps"])', "self._done = 0"),
 ]
 
 GENERATED_MUTANTS = [

@@ -169,13 +169,6 @@ class FusedRun(Run):
         )
 
     def step(self, i: int) -> float:
-        return self.steps(i, i + 1)[0]
-
-    def steps(self, first: int, stop: int) -> list[float]:
-        with threads_of_torch():
-            return [self._step(i) for i in range(first, stop)]
-
-    def _step(self, i: int) -> float:
         recipe, rate, weights = self.config.recipe, self.config.rate(i), self.weights
         part = self.parts(i)
         top, total = int(part.rows[-2]), float(part.totals[-1])
@@ -185,11 +178,12 @@ class FusedRun(Run):
         most = max(int(part.rows[:-1].max()), self.reader.vocab_size)
         if most > self._work.z.shape[1]:
             self._work = _work(self.config.levels, most + most // 4, self.config.n_hidden)
-        loss = loops.gradients(weights.net, weights.grad, part, self._work, weights.eps)
         self._done += 1
         muon = loops.Muon(recipe.lr * rate, recipe.momentum, recipe.weight_decay, recipe.orthogonal_steps)
         adam = loops.Adam(recipe.adam_lr * rate, recipe.adam_beta, ADAM_BETA2, recipe.weight_decay, 1e-8, self._done)
-        loops.update(weights.net, weights.grad, weights.means, muon, adam, weights.vectors, self._scratch)
+        with threads_of_torch():
+            loss = loops.gradients(weights.net, weights.grad, part, self._work, weights.eps)
+            loops.update(weights.net, weights.grad, weights.means, muon, adam, weights.vectors, self._scratch)
         return loss
 
     @torch.no_grad()
