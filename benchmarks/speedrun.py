@@ -178,8 +178,8 @@ def profile(words: cw.Words, config: Config) -> dict[str, Any]:
 
 
 def by_part(text: str, config: Config) -> dict[str, float]:
-    """Seconds in each of `PARTS` of a training."""
-    profiler = cProfile.Profile()
+    """CPU seconds in each of `PARTS` of a training."""
+    profiler = cProfile.Profile(time.process_time)
     profiler.runcall(timed_training, text, config)
     parts = {function: part for part, functions in PARTS.items() for function in functions}
     spent = dict.fromkeys(PARTS, 0.0)

@@ -463,17 +463,18 @@ def test_nothing_is_overwritten_or_mixed(few: cw.Words, tmp_path: Path) -> None:
 
 
 def test_outputs(few: cw.Words, tmp_path: Path) -> None:
-    result = train(Config.make(steps=25, batch=64), few, tmp_path)
+    config = Config.make(steps=25, batch=64)
+    result = train(config, few, tmp_path)
     lines = (tmp_path / "loss.csv").read_text().splitlines()
     assert lines[0] == "step,loss"
     assert float(lines[1].split(",")[1]) == pytest.approx(result.losses[0], abs=1e-6)
     assert lines[-1].startswith("25,")
     assert (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG")
     assert not list(tmp_path.glob(".*.partial"))
-    again = cw.EvaluationSet(cw.split_words(few.words), cw.Vocabulary.from_words(few.words), (2, 2, 2)).losses(
-        cw.load(tmp_path / "model.safetensors")
-    )
-    assert again == result.splits
+    corpus = cw.Corpus(few)
+    compiled = config.tier == "fused"
+    again = cw.EvaluationSet(corpus.splits, corpus.vocabulary, (2, 2, 2), compiled=compiled)
+    assert again.losses(cw.load(tmp_path / "model.safetensors")) == result.splits
 
 
 def test_block_means_average_blocks_of_steps() -> None:
