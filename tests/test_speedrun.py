@@ -84,7 +84,7 @@ def test_the_products_of_a_training_are_counted(words: cw.Words) -> None:
     config = Config.make(recipe="sprint", steps=20, batch=64, n_embd=2, n_hidden=3, levels=1)
     found = speedrun.products("\n".join(words.words[:400]), config)
     assert found["gflop_per_second"] == pytest.approx(found["gflop"] / found["milliseconds"] * 1000)
-    # a batch of some 86 rows (64, growing by 1.7): head and its two gradients; level 0 of 2 x 27 tokens, three products; Muon's
+    # 86 rows on average: the head and its two gradients; three products of 2 x 27 tokens; Muon's
     head, level, muon = 3 * 86 * 27 * 3, 3 * 2 * 27 * 2 * 3, 3 * (3 * 4 * 3 + 3 * 3 * 3 + 4 * 3 * 3)
     assert found["gflop"] == pytest.approx(20 * 2e-9 * (head + level + muon), rel=0.3)
 
