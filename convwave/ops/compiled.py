@@ -54,17 +54,16 @@ def prepare(calls: list[tuple[Any, tuple[Any, ...]]], message: Callable[[str], N
 
 
 def text_of(graph: Graph) -> loops.Text:
-    """A distinct graph with two taps a level."""
+    """A distinct graph of whole numbers of windows, with two taps a level; the rows of its targets ascend."""
     assert graph.target_rows is not None
     L, M = graph.levels, max(weights.numel() for weights in graph.weights)
     taps = np.zeros((L, M, 2), np.int32)
     for level, rows in enumerate((graph.tokens[graph.taps[0]], *graph.taps[1:])):
         taps[level, : rows.shape[1]] = rows.T.numpy()
-    rows, order = graph.target_rows.sort(stable=True)
-    targets = torch.stack([graph.target_ids[order], graph.target_counts[order].long()], 1)
+    targets = torch.stack([graph.target_ids, graph.target_counts.long()], 1)
     return loops.Text(
         taps,
-        torch.searchsorted(rows, torch.arange(graph.num_rows + 1)).int().numpy(),
+        torch.searchsorted(graph.target_rows, torch.arange(graph.num_rows + 1, device="cpu")).int().numpy(),
         targets.int().numpy(),
         np.empty((L, M), np.int32),
         np.empty((L, M), np.int32),
@@ -101,7 +100,7 @@ def part_of(graph: Graph, vocab_size: int) -> loops.Part:
         n = taps.shape[1]
         part.rows[level], part.totals[level], part.ranges[level, :, 1] = n, graph.totals[level], below[level]
         part.taps[level, :, :n], part.weights[level, :n] = taps.numpy(), graph.weights[level].numpy()
-    rows = torch.arange(graph.num_rows) if graph.target_rows is None else graph.target_rows
+    rows = torch.arange(graph.num_rows, device="cpu") if graph.target_rows is None else graph.target_rows
     rows, order = rows.sort(stable=True)
     part.rows[-1] = rows.numel()
     part.target_rows[:], part.target_ids[:] = rows.numpy(), graph.target_ids[order].numpy()

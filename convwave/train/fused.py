@@ -22,7 +22,14 @@ from convwave.ops import loops
 from convwave.ops.compiled import everything, memory_for, part_of, prepare, room, text_of, threads_of_torch
 from convwave.train.config import Config
 from convwave.train.optim import ADAM_BETA2
-from convwave.train.setup import convolution, network_state, prefixed, restore_network, without_prefix
+from convwave.train.setup import (
+    check_like,
+    convolution,
+    network_state,
+    prefixed,
+    restore_network,
+    without_prefix,
+)
 from convwave.train.tiers import Run
 
 
@@ -106,9 +113,10 @@ class Parts:
             self._text = text_of(graph)
             rows, targets = self._text.taps.shape[1], max(graph.target_ids.numel(), len(packed))
             self._part = room(self._levels, self.vocab_size, rows, targets)
-            assert graph.inverse is not None
-            arrays = (graph.inverse.int(), packed.targets.int(), packed.cu_seqlens)
-            self._rows, self._targets, self._starts = (array.numpy() for array in arrays)
+            if self.plan.batch_of == "names":
+                assert graph.inverse is not None
+                arrays = (graph.inverse.int(), packed.targets.int(), packed.cu_seqlens)
+                self._rows, self._targets, self._starts = (array.numpy() for array in arrays)
         return self._text, self._part
 
     @property
@@ -212,7 +220,10 @@ class FusedRun(Run):
         return {"exp_avg": mean, "exp_avg_sq": square, **momenta}
 
     def state(self) -> dict[str, Tensor]:
-        optimizer = {"steps": torch.tensor(self._done), **{n: t.clone() for n, t in self._optimizer().items()}}
+        optimizer = {
+            "steps": torch.tensor(self._done, device="cpu"),
+            **{n: t.clone() for n, t in self._optimizer().items()},
+        }
         return network_state(self.model(), self.reader, ()) | prefixed("optimizer", optimizer)
 
     def restore(self, state: dict[str, Tensor]) -> None:
@@ -221,6 +232,7 @@ class FusedRun(Run):
         optimizer = without_prefix("optimizer", state)
         self._done = int(optimizer["steps"])
         for name, value in self._optimizer().items():
+            check_like(name, optimizer[name], value)
             value.copy_(optimizer[name])
 
     def begin_with(self, weights: dict[str, Tensor]) -> None:
