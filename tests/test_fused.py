@@ -453,6 +453,23 @@ def test_exact_losses(n_hidden: int, levels: int, few: cw.Words) -> None:
         assert ours.losses(model)[split].positions == loss.positions
 
 
+def test_large_texts_are_left_to_pytorch(few: cw.Words, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which computes statistics and losses of any text in blocks; both agree up to rounding."""
+    corpus, results = cw.Corpus(few), []
+    for most in (2**18, 100):
+        for module in ("convwave.train.fused", "convwave.infer.compiled"):
+            monkeypatch.setattr(f"{module}.MOST_ROWS", most)
+        run = begin(Config.make(steps=2, batch=100, n_hidden=9, tier="fused"), corpus.train, corpus.vocabulary)
+        run.step(0)
+        evaluation = EvaluationSet(corpus.splits, corpus.vocabulary, (2, 2, 2), compiled=True)
+        assert (evaluation._compiled is None) == (most == 100)
+        model = run.finish()
+        results.append((model.state_dict(), evaluation.losses(model)["val"].loss))
+    for name, tensor in results[0][0].items():
+        assert relative(tensor, results[1][0][name]) < 1e-5, name
+    assert results[0][1] == pytest.approx(results[1][1], rel=1e-6)
+
+
 def test_other_networks_are_evaluated_by_pytorch(few: cw.Words) -> None:
     corpus = cw.Corpus(few)
     ours, theirs = (EvaluationSet(corpus.splits, corpus.vocabulary, (2, 2, 2), compiled=c) for c in (True, False))

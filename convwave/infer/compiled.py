@@ -9,7 +9,7 @@ from torch import Tensor
 from convwave.data.graph import Graph
 from convwave.nn import ConvWave
 from convwave.ops import loops
-from convwave.ops.compiled import everything, memory_for, text_of, threads_of_torch
+from convwave.ops.compiled import MOST_ROWS, everything, memory_for, text_of, threads_of_torch
 from convwave.ops.fold import folded
 
 
@@ -25,6 +25,11 @@ class CompiledLosses:
         self._part = everything(text_of(graph), self._tokens)
         self._nll = np.empty(graph.target_ids.numel(), np.float32)
         self._memory: dict[int, tuple[loops.Floats, loops.Floats]] = {}
+
+    @staticmethod
+    def fits(graph: Graph) -> bool:
+        """Whether the loops compute this graph at once."""
+        return set(graph.factors) == {2} and max(weights.numel() for weights in graph.weights) <= MOST_ROWS
 
     def takes(self, model: ConvWave) -> bool:
         """Whether the loops compute this network."""

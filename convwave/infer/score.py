@@ -8,6 +8,7 @@ vectors. The top level is processed in blocks that fit the cache, and only its l
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import cached_property
 from typing import NamedTuple
 
 import torch
@@ -60,12 +61,11 @@ class EvaluationSet:
         graph, pair = distinct_graph_and_targets(packed, factors=factors)
         self.graph, self._pair = graph.to(device), pair.to(device)
         self.targets = packed.targets.to(device)
-        self._infer = Inference(self.graph) if self.targets.device.type == "cpu" else None
         self._compiled = None
-        if compiled and self._infer is not None and set(factors) == {2}:
+        if compiled and self.targets.device.type == "cpu":
             from convwave.infer.compiled import CompiledLosses
 
-            self._compiled = CompiledLosses(self.graph)
+            self._compiled = CompiledLosses(self.graph) if CompiledLosses.fits(self.graph) else None
 
         train = set(splits.train)
         novel = [word not in train for word in splits.val]
@@ -86,6 +86,10 @@ class EvaluationSet:
             for pair, chosen in zip(self._pair.split(_POSITIONS), mask.split(_POSITIONS), strict=True):
                 counts.add_(torch.bincount(pair[chosen], minlength=pairs))
         self._positions: list[int] = self._counts.sum(1).long().tolist()
+
+    @cached_property
+    def _infer(self) -> Inference | None:
+        return Inference(self.graph) if self.targets.device.type == "cpu" else None
 
     @torch.no_grad()
     def nll(self, model: ConvWave) -> Tensor:

@@ -20,6 +20,8 @@ from threadpoolctl import ThreadpoolController
 from convwave.data.graph import Graph
 from convwave.ops import loops
 
+MOST_ROWS = 2**18  # of a level of a text that `loops` computes at once; beyond, PyTorch does it in blocks
+
 _BLAS = ThreadpoolController()  # of SciPy, which `loops` has loaded
 
 

@@ -19,7 +19,7 @@ from convwave.data.batches import StepReader
 from convwave.data.packing import Packed, Vocabulary
 from convwave.nn import ConvWave
 from convwave.ops import loops
-from convwave.ops.compiled import everything, memory_for, part_of, prepare, room, text_of, threads_of_torch
+from convwave.ops.compiled import MOST_ROWS, everything, memory_for, part_of, prepare, room, text_of, threads_of_torch
 from convwave.train.config import Config
 from convwave.train.optim import ADAM_BETA2
 from convwave.train.setup import (
@@ -27,6 +27,7 @@ from convwave.train.setup import (
     convolution,
     network_state,
     prefixed,
+    ready,
     restore_network,
     without_prefix,
 )
@@ -201,7 +202,10 @@ class FusedRun(Run):
         return self.net
 
     def finish(self) -> ConvWave:
-        net, part = copy.deepcopy(self.model()), self.parts.whole
+        net = copy.deepcopy(self.model())
+        if max(weights.numel() for weights in self.reader.everything.weights) > MOST_ROWS:
+            return ready(net, self.reader)
+        part = self.parts.whole
         memory = memory_for(part, self.config.n_hidden, self.reader.vocab_size, loops.CHUNK)
         moments = np.empty((2, self.config.levels, self.config.n_hidden), np.float32)
         with threads_of_torch():
