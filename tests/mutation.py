@@ -244,18 +244,24 @@ MUTANTS = [
     Mutant(
         "totals not multiplied", "data.graph", "totals.insert(0, totals[0] * factor)", "totals.insert(0, totals[0])"
     ),
-    Mutant("distinct contexts collide", "data.graph", "key * bound + row", "key * (bound // 2) + row"),
+    Mutant("distinct contexts collide", "data.graph", ".long() * bound + right", ".long() * (bound // 2) + right"),
+    Mutant(
+        "contexts of other blocks are numbered one too high",
+        "data.graph",
+        "torch.searchsorted(unique, block, out_int32=True)",
+        "torch.searchsorted(unique, block, out_int32=True, right=True)",
+    ),
     Mutant(
         "counts ignored in the distinct graph",
         "data.graph",
-        ".index_add_(0, ids, counts)",
-        ".index_add_(0, ids, counts.sign())",
+        "_summed(counts, ids, rows)",
+        "_summed(None, ids, rows)",
     ),
     Mutant(
         "counts ignored in the targets",
         "data.graph",
-        ".index_add_(0, target, counts)",
-        ".index_add_(0, target, counts.sign())",
+        "_summed(counts, target, keys.numel())",
+        "_summed(None, target, keys.numel())",
     ),
     Mutant(
         "a window drawn twice counts once",
@@ -367,8 +373,8 @@ MUTANTS = [
     Mutant(
         "contexts drawn are not weighted",
         "data.batches",
-        "targets = self._targets.index_select(0, kept).mul_(scale[:, None])",
-        "targets = self._targets.index_select(0, kept)",
+        ".index_select(0, entry).mul_(scale.index_select(0, row))",
+        ".index_select(0, entry)",
     ),
     Mutant(
         "contexts that always come are drawn rarely",
@@ -379,8 +385,8 @@ MUTANTS = [
     Mutant(
         "a stage of contexts begins where the text does",
         "data.batches",
-        "alpha=step - self._begin[stage] + 1",
-        "alpha=step % 3",
+        "self._probabilities[stage], step - self._begin[stage] + 1",
+        "self._probabilities[stage], step % 3",
     ),
     Mutant(
         "inference: BatchNorm's mean not subtracted",
@@ -389,7 +395,19 @@ MUTANTS = [
         "2 * matrix.permute(2, 1, 0), 2 * block.norm.bias",
     ),
     Mutant(
-        "inference: the last block cut short", "infer.score", "n = min(rows, N - start)", "n = min(rows, N - start - 1)"
+        "inference: the last block cut short",
+        "infer.score",
+        "part = slice(start, min(start + rows, N))",
+        "part = slice(start, min(start + rows, N - 1))",
+    ),
+    Mutant(
+        "statistics of blocks: their distance forgotten",
+        "ops.level",
+        "other.squares + apart.square() * self.total * share",
+        "other.squares",
+    ),
+    Mutant(
+        "statistics of blocks: means not weighted", "ops.level", "self.mean + apart * share", "self.mean + apart / 2"
     ),
 ]
 

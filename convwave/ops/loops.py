@@ -31,7 +31,6 @@ from typing import Any, NamedTuple
 import llvmlite.binding
 import numba
 import numpy as np
-import scipy.linalg.cython_blas
 from llvmlite import ir
 from numba import types
 from numba.core import cgutils
@@ -53,7 +52,7 @@ _entry = numba.njit(**_COMPILER, fastmath={"contract", "nsz", "reassoc"}, cache=
 
 
 class Network(NamedTuple):
-    """Parameters, or their gradients, or Muon's momenta.
+    """Parameters, or their gradients, or the running means of those.
 
     Attributes:
         embedding: (V, E).
@@ -137,7 +136,6 @@ def _fortran(name: str) -> Callable[[Any], None]:
     return call
 
 
-assert scipy.linalg.cython_blas  # loaded, so that its functions have addresses
 _sgemm = _fortran("sgemm")
 _PLAIN, _TRANSPOSED = np.int8(ord("N")), np.int8(ord("T"))
 
