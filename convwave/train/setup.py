@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable
 from dataclasses import replace
 
@@ -14,8 +15,10 @@ from convwave.data.batches import Plan, StepReader
 from convwave.data.graph import Graph
 from convwave.data.packing import Packed, Vocabulary
 from convwave.nn import ConvWave
+from convwave.ops import functional
 from convwave.train.config import Config
 from convwave.train.recipes import PUBLISHED
+from convwave.train.tiers import Activations, Watch
 
 
 def windowed_network(config: Config, vocab_size: int, generator: torch.Generator) -> reference.Sequential:
@@ -105,6 +108,17 @@ def recompute_statistics(model: ConvWave, graph: Graph) -> None:
         norm.momentum = value
     for module, training in modes.items():
         module.training = training
+
+
+def observe(net: ConvWave, graph: Graph, watch: Watch) -> None:
+    """Show `watch` the gradients and activations of a step on a graph; the network stays as it is."""
+    twin = copy.deepcopy(net)
+    rows: list[Tensor] = []
+    for block in twin.layers:
+        block.register_forward_hook(lambda module, given, out: rows.append(out.detach()))
+    functional.loss(twin(graph), graph).backward()
+    gradients = {name: p.grad for name, p in twin.named_parameters() if p.grad is not None}
+    watch(gradients, [Activations(*level) for level in zip(rows, graph.weights, strict=True)])
 
 
 def prefixed(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
