@@ -212,6 +212,19 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument("--seed", type=_whole(0, 2**64 - 1), help="to repeat the names (default: another in every run)")
     p.add_argument("--device", default="cpu", help="cpu (default), cuda, ...")
 
+    text = "Train many variations of a recipe; 'sweep report DIR' says what they show."
+    p = command("sweep", "sweep:sweep", text)
+    p.add_argument("file", metavar="FILE.toml", help="what to try (see convwave/sweep/plan.py), or 'report'")
+    p.add_argument("folder", nargs="?", type=_path, metavar="DIR", help="of report: a sweep's folder or its .json")
+    text = "for journal, results and pictures; a sweep that is there is continued, also by several processes at once"
+    p.add_argument("--out", type=_path, metavar="DIR", help=text)
+    p.add_argument("--workers", type=_whole(1, 1000), default=1, metavar="N", help="processes (default: 1)")
+    text = "of Optuna, instead of a journal in DIR: grpc://HOST:PORT, postgresql://.., sqlite:///FILE, redis://.."
+    p.add_argument("--storage", metavar="URL", help=text)
+    text = "of report: compare with this configuration (default: the recipe's own values)"
+    p.add_argument("--baseline", action="append", default=[], metavar="FIELD=VALUE", help=text)
+    p.add_argument("--worker", type=int, help=argparse.SUPPRESS)  # of --workers
+
     p = command(
         "reproduce",
         "train:reproduce",

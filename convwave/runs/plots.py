@@ -93,7 +93,7 @@ def loss_plot(
         ylabel="cross-entropy (nats)",
     )
     axes.legend(frameon=False)
-    _save(figure, path)
+    save_figure(figure, path)
 
 
 def comparison_plot(runs: Mapping[str, tuple[Sequence[float], Sequence[Point]]], path: Path) -> None:
@@ -121,7 +121,7 @@ def comparison_plot(runs: Mapping[str, tuple[Sequence[float], Sequence[Point]]],
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(alpha=0.25)
     right.legend(frameon=False)
-    _save(figure, path)
+    save_figure(figure, path)
 
 
 def activations_plot(looks: Sequence[tuple[int, Sequence[Mapping[str, Any]]]], path: Path) -> None:
@@ -155,7 +155,7 @@ def activations_plot(looks: Sequence[tuple[int, Sequence[Mapping[str, Any]]]], p
         right.set(title=title, ylabel="|value| > 0.97 (%)", xlabel="step", ylim=(0, None))
         right.spines[["top", "right"]].set_visible(False)
         right.grid(alpha=0.25)
-    _save(figure, path)
+    save_figure(figure, path)
 
 
 def updates_plot(looks: Sequence[tuple[int, Mapping[str, Any]]], path: Path) -> None:
@@ -181,7 +181,7 @@ def updates_plot(looks: Sequence[tuple[int, Mapping[str, Any]]], path: Path) -> 
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(alpha=0.25)
     right.legend(frameon=False, fontsize="small", loc="center left", bbox_to_anchor=(1, 0.5))
-    _save(figure, path)
+    save_figure(figure, path)
 
 
 def embedding_plot(
@@ -205,7 +205,7 @@ def embedding_plot(
         ylabel=f"second ({100 * second:.0f} %)",
     )
     axes.margins(0.1)
-    _save(figure, path)
+    save_figure(figure, path)
 
 
 def taps_plot(levels: Sequence[Sequence[Any]], path: Path) -> None:
@@ -229,7 +229,7 @@ def taps_plot(levels: Sequence[Sequence[Any]], path: Path) -> None:
         for axes in row[len(taps) :]:
             axes.axis("off")
         figure.colorbar(image, ax=list(row), label="weight")
-    _save(figure, path)
+    save_figure(figure, path)
 
 
 def reproduction_plot(rows: Sequence[dict[str, object]], path: Path) -> None:
@@ -254,7 +254,7 @@ def reproduction_plot(rows: Sequence[dict[str, object]], path: Path) -> None:
     for axes in (left, right):
         axes.set_ylim(len(rows) - 0.5, -0.5)  # the first row on top, both sides level
         axes.spines[["top", "right"]].set_visible(False)
-    _save(figure, path)
+    save_figure(figure, path)
 
 
 def _limits(curve: Sequence[Block], others: Sequence[float]) -> tuple[float, float]:
@@ -281,8 +281,8 @@ def _axes(size: tuple[float, float] = (7, 4)) -> tuple[Figure, Axes]:
     return figure, axes
 
 
-def _save(figure: Figure, path: Path) -> None:
-    """As a PNG or an SVG, by the file's name; two pictures of the same figures are the same bytes."""
+def save_figure(figure: Figure, path: Path) -> None:
+    """Write a figure as a PNG or an SVG, by the file's name; two pictures of the same figures are the same bytes."""
     from matplotlib import rc_context
 
     buffer = io.BytesIO()

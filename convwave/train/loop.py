@@ -254,7 +254,7 @@ class _Training:
         config, saved = self.config, time.perf_counter()
         try:
             self.reporter.start(config, self.parameters, len(self.losses))
-            with _interruptible() as interrupted, few_threads(config, self.parameters, self.train):
+            with interruptible() as interrupted, few_threads(config, self.parameters, self.train):
                 if self.unsaved:
                     self._save()  # so that even a run killed in its first second leaves something to resume
                 while True:
@@ -485,7 +485,7 @@ def threads(number: int) -> Iterator[None]:
 
 
 @contextmanager
-def _interruptible() -> Iterator[Callable[[], bool]]:
+def interruptible() -> Iterator[Callable[[], bool]]:
     """Turn the first Ctrl-C into a flag that the loop reads between two steps; a second one interrupts at once."""
     seen = False
 
