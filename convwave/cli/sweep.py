@@ -14,6 +14,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from convwave.sweep.report import described
 from convwave.sweep.study import Progress
 from convwave.train.config import Interrupted, UsageError
 from convwave.train.recipes import parse_field
@@ -39,28 +40,31 @@ def sweep(args: argparse.Namespace) -> None:
     if args.baseline or args.folder is not None:
         raise UsageError("--baseline, DIR: are for 'convwave sweep report DIR'")
     from convwave.cli.console import check_device, corpus, print_json
-    from convwave.sweep.study import Prepared, Worker, open_storage, open_study, report_json, rows_of
+    from convwave.runs.registry import provenance
+    from convwave.sweep.study import Prepared, Worker, open_storage, open_study, results_json, rows_of, write_results
     from convwave.train.loop import interruptible
 
     check_device(plan.device)
     words = corpus(args)
     args.out.mkdir(parents=True, exist_ok=True)
+    source = provenance(args.command_line)
     if args.workers > 1:
         open_study(args.out, open_storage(args.out, args.storage), plan, words.sha256)  # refusals come once
         _workers(args)
         rows = rows_of(open_study(args.out, open_storage(args.out, args.storage))[0])
+        write_results(args.out, plan, rows, source)
     else:
         prepared = Prepared(words)
         with interruptible() as interrupted:
             progress = SweepProgress(args.worker)
-            worker = Worker(plan, prepared, args.out, args.storage, progress, interrupted)
+            worker = Worker(plan, prepared, args.out, args.storage, progress, interrupted, source)
             try:
                 rows = worker.work()
             except Interrupted as error:
                 raise Interrupted(f"{error}; the same command continues") from None
     if args.worker is None and _first_of_many():
         _table(plan, rows)
-        print_json(args, report_json(plan, rows))
+        print_json(args, results_json(plan, rows))
 
 
 class SweepProgress(Progress):
@@ -89,7 +93,7 @@ class SweepProgress(Progress):
         text = f"{self.name}{len(rows):,} of {plan.number:,} trials"
         if losses := [(row.loss, row) for row in rows if row.loss is not None]:
             loss, row = min(losses, key=lambda pair: pair[0])
-            text += f"  best {loss:.4f} ({_written(row.parameters)}seed {row.seed})"
+            text += f"  best {loss:.4f} ({described(row.parameters)}, seed {row.seed})"
         if len(rows) > self.first and not last:
             text += f"  {now / (len(rows) - self.first) * (plan.number - len(rows)):.0f} s left"
         self.console.print(text, end="\r" if self.single and not last else "\n")
@@ -147,20 +151,13 @@ def _first_of_many() -> bool:
     return next((rank for rank in ranks if rank is not None), "0") == "0"
 
 
-def _written(parameters: dict[str, Any]) -> str:
-    return "".join(
-        f"{name} {value:.4g}, " if isinstance(value, float) else f"{name} {value}, "
-        for name, value in parameters.items()
-    )
-
-
 def _table(plan: Plan, rows: Sequence[Row], most: int = 10) -> None:
     """The best configurations, briefly."""
     from convwave.cli.console import number, stderr, table
 
     by: dict[str, list[Row]] = {}
     for row in rows:
-        by.setdefault(_written(row.parameters).removesuffix(", ") or "the recipe", []).append(row)
+        by.setdefault(described(row.parameters), []).append(row)
     means = {name: [row.loss for row in group if row.loss is not None] for name, group in by.items()}
     order = sorted(by, key=lambda name: sum(means[name]) / len(means[name]) if means[name] else float("inf"))
     shown = []
@@ -184,6 +181,7 @@ def _report(args: argparse.Namespace) -> None:
     from convwave.cli.console import number, print_json, stderr, table
     from convwave.runs.plots import drawn
     from convwave.sweep import report as reports
+    from convwave.sweep.statistics import LEVEL
     from convwave.sweep.study import JOURNAL, RESULTS, open_storage, open_study, rows_of
 
     path: Path = args.folder
@@ -199,7 +197,7 @@ def _report(args: argparse.Namespace) -> None:
         difference = line.comparison and line.comparison.difference
         shown.append(
             [
-                _written(line.parameters).removesuffix(", ") or "the recipe",
+                described(line.parameters),
                 number(line.loss and line.loss.mean),
                 number(line.loss and line.loss.deviation),
                 str(len(line.losses)),
@@ -220,10 +218,13 @@ def _report(args: argparse.Namespace) -> None:
     console.print(
         f"Differences are by seed; p of a permutation test, corrected for {found.comparisons} comparisons (Holm)."
     )
+    least = max((found.comparisons * 2 / 2 ** len(line.losses) for line in found.lines[1:]), default=0.0)
+    if least > LEVEL:
+        console.print(f"With so few seeds and {found.comparisons} comparisons p cannot fall below {min(least, 1):.2g}.")
     if found.importance:
         parts = ", ".join(f"{name} {100 * share:.0f} %" for name, share in found.importance.items())
         console.print(f"Importance (PED-ANOVA over all trials): {parts}")
-    pictures = {"pareto": reports.pareto_plot, "differences": reports.differences_plot}
+    pictures = {"pareto": reports.pareto_plot, "differences": reports.differences_plot, "curves": reports.curves_plot}
     if plan.parameters:
         pictures["slices"] = reports.slices_plot
     files = {name: out / f"{name}.png" for name in pictures}

@@ -106,9 +106,9 @@ def comparison_plot(runs: Mapping[str, tuple[Sequence[float], Sequence[Point]]],
 
     figure = Figure(figsize=(11, 4.2), layout="constrained")
     left, right = figure.subplots(1, 2, sharex=True, sharey=True)
-    colours = _colours(len(runs))
+    palette = colours(len(runs))
     limits: list[float] = []
-    for colour, (name, (losses, validation)) in zip(colours, runs.items(), strict=True):
+    for colour, (name, (losses, validation)) in zip(palette, runs.items(), strict=True):
         curve = block_means(losses)
         left.plot([b.last_step for b in curve], [b.mean_loss for b in curve], color=colour, linewidth=1.1, label=name)
         measured = [p.loss for p in validation]
@@ -169,7 +169,7 @@ def updates_plot(looks: Sequence[tuple[int, Mapping[str, Any]]], path: Path) -> 
     figure = Figure(figsize=(11, 4.6), layout="constrained")
     left, right = figure.subplots(1, 2)
     steps, names = [step for step, _ in looks], list(looks[0][1]["gradient_norm"])
-    for colour, name in zip(_colours(len(names)), names, strict=True):
+    for colour, name in zip(colours(len(names)), names, strict=True):
         for axes, kind in ((left, "update_ratio"), (right, "gradient_norm")):
             # nan leaves a gap: the first update of a parameter that was 0
             values = [look[kind].get(name) or float("nan") for _, look in looks]
@@ -264,7 +264,7 @@ def _limits(curve: Sequence[Block], others: Sequence[float]) -> tuple[float, flo
     return min(shown) - margin, max(shown) + margin
 
 
-def _colours(number: int) -> list[Any]:
+def colours(number: int) -> list[Any]:
     """Colours to tell that many lines apart."""
     from matplotlib import colormaps
 

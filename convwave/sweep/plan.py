@@ -247,14 +247,12 @@ def _choices(name: str, choice: Any, sampler: str) -> tuple[Any, ...] | Range:
     if not low < high or (log and low <= 0):
         raise ValueError(f"{where}: expected low < high{' and above 0 for log' if log else ''}, got {choice!r}")
     if sampler == "grid":
-        raise ValueError(
-            f"{where}: expected a list of values, a grid cannot take a range; set sampler to random or tpe"
-        )
+        raise ValueError(f"{where}: expected a list of values; a range needs sampler random or tpe")
     return Range(low, high, log) if whole else Range(float(low), float(high), log)
 
 
 def _corners(plan: Plan) -> Iterator[dict[str, Any]]:
-    """Configurations that hold every value and every end of a range, so that what cannot be trained is found at once."""
+    """Configurations that hold every value and both ends of every range, to find at once what cannot be trained."""
     choices = {n: (v.low, v.high) if isinstance(v, Range) else v for n, v in plan.parameters.items()}
     for turn in range(max((len(values) for values in choices.values()), default=1)):
         yield {name: values[turn % len(values)] for name, values in choices.items()}

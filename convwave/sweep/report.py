@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from convwave.runs.plots import BLUE, GREY, ORANGE, save_figure
+from convwave.runs.plots import BLUE, GREY, ORANGE, colours, save_figure
 from convwave.sweep.plan import Plan, Range
 from convwave.sweep.statistics import Comparison, Estimate, compare, estimate
 from convwave.sweep.study import RESULTS, Row
@@ -229,13 +229,10 @@ def differences_plot(report: Report, path: Path, most: int = 25) -> None:
         axes.plot([low, high], [place, place], color=colour, linewidth=1.5)
         axes.plot([found.mean], [place], "o", color=colour, markersize=4)
     axes.axvline(0, color=GREY, linewidth=0.8)
-    names = [
-        ", ".join(f"{n} {v:.4g}" if isinstance(v, float) else f"{n} {v}" for n, v in line.parameters.items())
-        for line in lines
-    ]
+    names = [described(line.parameters) for line in lines]
     axes.set_yticks(range(len(lines)), names)
     axes.set_ylim(len(lines) - 0.5, -0.5)
-    base = ", ".join(f"{name} {value}" for name, value in report.lines[0].parameters.items()) or "the recipe"
+    base = described(report.lines[0].parameters)
     axes.set(
         title=f"difference to {base}; grey: not distinguishable (5 %, Holm)",
         xlabel="held-out loss less the baseline's of the same seed (nats), 95 % interval",
@@ -243,6 +240,33 @@ def differences_plot(report: Report, path: Path, most: int = 25) -> None:
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(axis="x", alpha=0.25)
     save_figure(figure, path)
+
+
+def curves_plot(report: Report, path: Path, most: int = 9) -> None:
+    """Draw the training loss over the steps of the baseline and the best other configurations, means over seeds."""
+    from matplotlib.figure import Figure
+
+    lines = [line for line in report.lines if line.loss is not None][: most + 1]
+    figure = Figure(figsize=(9, 5), layout="constrained")
+    axes = figure.subplots()
+    lowest, late = math.inf, -math.inf
+    for colour, line in zip(colours(len(lines)), lines, strict=True):
+        curves = [row.curve for row in report.rows if row.parameters == line.parameters and row.loss is not None]
+        steps = [step for step, _ in curves[0]]
+        means = [sum(points) / len(points) for points in zip(*([loss for _, loss in c] for c in curves), strict=True)]
+        axes.plot(steps, means, color=colour, linewidth=1.2, label=described(line.parameters))
+        lowest, late = min(lowest, *means), max(late, means[len(means) // 4])
+    axes.set(xlabel="step", ylabel="training loss (nats)", ylim=(lowest - 0.02, late + 0.05))
+    axes.legend(frameon=False, fontsize="small")
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(alpha=0.25)
+    save_figure(figure, path)
+
+
+def described(parameters: dict[str, Any]) -> str:
+    """A configuration in a few words."""
+    parts = (f"{n} {value:.4g}" if isinstance(value, float) else f"{n} {value}" for n, value in parameters.items())
+    return ", ".join(parts) or "the recipe"
 
 
 def pareto_plot(report: Report, path: Path) -> None:

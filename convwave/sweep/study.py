@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from convwave.files import write_atomic
+from convwave.runs.plots import block_means
 from convwave.sweep.plan import Pair, Plan, Range, held_out
 from convwave.train.config import Config, Diverged, Interrupted, UsageError
 from convwave.train.recipes import Recipe
@@ -38,6 +39,7 @@ if TYPE_CHECKING:
     from convwave.data.packing import Corpus
 
 JOURNAL, RESULTS, WORKERS = "journal.log", "results.json", "workers"
+_POINTS = 40  # of a curve
 _WAIT = 0.3  # seconds, until a worker without work looks again
 _BEAT, _DEAD = 20.0, 120.0  # seconds between signs of life, and without any
 _TRIES = 20  # suggestions of a sampler that were tried already, before the sweep is taken to be complete
@@ -51,6 +53,7 @@ class Row(NamedTuple):
         loss: held-out, in nats; None unless it is complete.
         seconds, cpu_seconds: of the training, from the packed names to the network.
         state: "complete", "pruned" or "diverged".
+        curve: training losses, means of some 40 blocks of steps, each with its last step.
     """
 
     parameters: dict[str, Any]
@@ -59,6 +62,7 @@ class Row(NamedTuple):
     seconds: float
     cpu_seconds: float
     state: str
+    curve: list[list[float]]
 
 
 class Progress:
@@ -170,8 +174,7 @@ def _results(trials: Sequence[FrozenTrial]) -> dict[str, Row]:
         if found is not None and trial.state.is_finished():
             pair = _pair(trial)
             loss = trial.value if found["state"] == "complete" else None
-            row = Row(pair.parameters, pair.seed, loss, found["seconds"], found["cpu_seconds"], found["state"])
-            rows.setdefault(pair.key, row)
+            rows.setdefault(pair.key, Row(pair.parameters, pair.seed, loss, **found))
     return rows
 
 
@@ -206,46 +209,69 @@ class Prepared:
         return float(self._evaluations[key].losses(model)["val"].loss)
 
 
-def train_once(
-    config: Config,
-    prepared: Prepared,
-    points: Sequence[int] = (),
-    seen: Callable[[int, float], bool] = lambda step, loss: False,
-    tick: Callable[[], None] = lambda: None,
-) -> tuple[float | None, float, float]:
-    """Train and evaluate on the names held out; (loss, seconds, CPU seconds), None for a training that was ended.
+class Training:
+    """One training of a sweep.
 
     Args:
         config: what and how.
         prepared: the names.
-        points: steps after which `seen` gets step and held-out loss, and ends the training by True.
-        tick: called after every step, or block of them; may raise.
 
-    Raises:
-        Diverged: a loss that is not finite.
+    Attributes:
+        losses: of the steps done.
+        seconds, cpu_seconds: of the training so far, without evaluations.
     """
-    from convwave.train.loop import blocks, few_threads
-    from convwave.train.tiers import begin
 
-    began, cpu = time.perf_counter(), time.process_time()
-    aside, cpu_aside = 0.0, 0.0  # in evaluations on the way
-    run = begin(config, prepared.train, prepared.vocabulary)
-    done = 0
-    with few_threads(config, run.model().num_parameters, prepared.train):
-        for stop in (*(point for point in points if point < config.steps), config.steps):
-            for losses in blocks(run, done, stop):
-                done += len(losses)
-                tick()
-            if stop < config.steps:
-                pause, cpu_pause = time.perf_counter(), time.process_time()
-                ended = seen(stop, prepared.loss(config, run.finish()))
-                aside += time.perf_counter() - pause
-                cpu_aside += time.process_time() - cpu_pause
-                if ended:
-                    return None, time.perf_counter() - began - aside, time.process_time() - cpu - cpu_aside
-        model = run.finish()
-        seconds, cpu_seconds = time.perf_counter() - began - aside, time.process_time() - cpu - cpu_aside
-        return prepared.loss(config, model), seconds, cpu_seconds
+    def __init__(self, config: Config, prepared: Prepared) -> None:
+        self.config, self.prepared = config, prepared
+        self.losses: list[float] = []
+        self.seconds = self.cpu_seconds = 0.0
+
+    def loss(
+        self,
+        points: Sequence[int] = (),
+        seen: Callable[[int, float], bool] = lambda step, loss: False,
+        tick: Callable[[], None] = lambda: None,
+    ) -> float | None:
+        """Train; the network's loss on the names held out, None for a training that was ended.
+
+        Args:
+            points: steps after which `seen` gets step and held-out loss, and ends the training by True.
+            tick: called after every step, or block of them; may raise.
+
+        Raises:
+            Diverged: a loss that is not finite.
+        """
+        from convwave.train.loop import blocks, few_threads
+        from convwave.train.tiers import begin
+
+        config, prepared = self.config, self.prepared
+        with self._timed():
+            run = begin(config, prepared.train, prepared.vocabulary)
+        with few_threads(config, run.model().num_parameters, prepared.train):
+            for stop in (*(point for point in points if point < config.steps), config.steps):
+                with self._timed():
+                    for losses in blocks(run, len(self.losses), stop):
+                        self.losses += losses
+                        tick()
+                if stop < config.steps and seen(stop, prepared.loss(config, run.finish())):
+                    return None
+            with self._timed():
+                model = run.finish()
+            return prepared.loss(config, model)
+
+    @contextmanager
+    def _timed(self) -> Iterator[None]:
+        began, cpu = time.perf_counter(), time.process_time()
+        try:
+            yield
+        finally:
+            self.seconds += time.perf_counter() - began
+            self.cpu_seconds += time.process_time() - cpu
+
+    def result(self, state: str) -> dict[str, Any]:
+        """What is stored with the trial: the fields of `Row` that Optuna does not have."""
+        curve = [[block.last_step, round(block.mean_loss, 4)] for block in block_means(self.losses, _POINTS)]
+        return {"state": state, "seconds": self.seconds, "cpu_seconds": self.cpu_seconds, "curve": curve}
 
 
 class Worker:
@@ -258,6 +284,7 @@ class Worker:
         url: of the storage; None is the journal in `out`.
         progress: of this worker.
         interrupted: says whether the user has asked to stop.
+        source: where the results come from, to be stored with them; see `registry.provenance`.
     """
 
     def __init__(
@@ -268,10 +295,11 @@ class Worker:
         url: str | None = None,
         progress: Progress | None = None,
         interrupted: Callable[[], bool] = lambda: False,
+        source: dict[str, Any] | None = None,
     ) -> None:
         import optuna
 
-        self.plan, self.prepared, self.out = plan, prepared, out
+        self.plan, self.prepared, self.out, self.source = plan, prepared, out, source
         self.progress, self.interrupted = progress or Progress(), interrupted
         self.storage = open_storage(out, url)
         self.study, _ = open_study(out, self.storage, plan, prepared.corpus.sha256)
@@ -314,7 +342,7 @@ class Worker:
 
     def write(self, rows: Sequence[Row]) -> None:
         """The results so far, into the folder."""
-        write_atomic(self.out / RESULTS, (json.dumps(report_json(self.plan, rows), indent=1) + "\n").encode())
+        write_results(self.out, self.plan, rows, self.source)
 
     def _out_of_time(self, results: dict[str, Row]) -> bool:
         return self.plan.seconds is not None and sum(r.seconds for r in results.values()) >= self.plan.seconds
@@ -406,25 +434,21 @@ class Worker:
             trial.report(loss, step)
             return trial.should_prune()
 
-        state = "complete"
-        began, cpu = time.perf_counter(), time.process_time()
+        states = optuna.trial.TrialState
+        training = Training(self.plan.config(_pair(frozen), self.prepared.corpus), self.prepared)
+        loss = None
         try:
-            config = self.plan.config(_pair(frozen), self.prepared.corpus)
-            loss, seconds, cpu_seconds = train_once(config, self.prepared, self.plan.prune_at, seen, tick)
-            state = "complete" if loss is not None else "pruned"
+            loss = training.loss(self.plan.prune_at, seen, tick)
+            state, told = ("complete", states.COMPLETE) if loss is not None else ("pruned", states.PRUNED)
         except Diverged:
-            loss, state = None, "diverged"
-            seconds, cpu_seconds = time.perf_counter() - began, time.process_time() - cpu
+            state, told = "diverged", states.FAIL
         except (Interrupted, KeyboardInterrupt):
             self._release(number)
-            self.write(rows_of(self.study))
-            done = len(rows_of(self.study))
-            raise Interrupted(f"{done} of {self.plan.number} trials are done") from None
-        trial.set_user_attr("result", {"state": state, "seconds": seconds, "cpu_seconds": cpu_seconds})
-        states = optuna.trial.TrialState
-        self.study.tell(
-            number, loss, {"complete": states.COMPLETE, "pruned": states.PRUNED, "diverged": states.FAIL}[state]
-        )
+            rows = rows_of(self.study)
+            self.write(rows)
+            raise Interrupted(f"{len(rows)} of {self.plan.number} trials are done") from None
+        trial.set_user_attr("result", training.result(state))
+        self.study.tell(number, loss, told)
 
     def _release(self, number: int) -> None:
         """Give a trial up that has no result: another worker may claim it."""
@@ -496,7 +520,15 @@ def distribution(name: str, values: tuple[Any, ...] | Range) -> Any:
     return FloatDistribution(values.low, values.high, log=values.log)
 
 
-def report_json(plan: Plan, rows: Sequence[Row]) -> dict[str, Any]:
+def write_results(out: Path, plan: Plan, rows: Sequence[Row], source: dict[str, Any] | None) -> None:
+    """Write a sweep's results into its folder, a trial a line."""
+    values = results_json(plan, rows)
+    trials = ",\n".join(json.dumps(row) for row in values.pop("trials"))
+    head = json.dumps({"provenance": source, **values}, indent=1).removesuffix("\n}")
+    write_atomic(out / RESULTS, f'{head},\n "trials": [\n{trials}\n ]\n}}\n'.encode())
+
+
+def results_json(plan: Plan, rows: Sequence[Row]) -> dict[str, Any]:
     """A sweep and its results as plain JSON values, trials in the order of the plan's configurations and seeds."""
     if plan.sampler != "tpe":
         places = {pair.key: number for number, pair in enumerate(plan.pairs())}
