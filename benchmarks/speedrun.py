@@ -20,7 +20,6 @@ from __future__ import annotations
 import argparse
 import cProfile
 import json
-import math
 import statistics
 import sys
 import time
@@ -36,6 +35,7 @@ from benchmarks.harness import synchronize
 from benchmarks.results import RESULTS
 from convwave.cli.console import stderr, table
 from convwave.runs.registry import device_name, provenance
+from convwave.sweep.statistics import estimate, p_below
 from convwave.train import PUBLISHED, Config, UsageError, available_tiers, fit
 
 SEEDS, LEVEL = 20, 0.01
@@ -77,22 +77,6 @@ def timed_training(text: str, config: Config) -> Timed:
     return Timed(model, time.perf_counter() - started, time.process_time() - cpu_started)
 
 
-def p_value(values: list[float], target: float) -> float:
-    """One-sided t-test: how likely means this far below the target are if the true mean is the target.
-
-    With t = sqrt(f) tan(angle), Student's density of f degrees of freedom is that of cos(angle)^(f - 1).
-    """
-    n = len(values)
-    difference = target - statistics.mean(values)
-    t = math.atan2(difference * n**0.5, statistics.stdev(values) * (n - 1) ** 0.5)
-
-    def area(start: float) -> float:
-        angles = torch.linspace(start, math.pi / 2, 100_001, dtype=torch.float64)
-        return float(torch.trapezoid(angles.cos().clamp(min=0) ** (n - 2), angles))
-
-    return area(t) / area(-math.pi / 2)
-
-
 def speedrun(words: cw.Words, name: str, config: Config, seeds: int) -> dict[str, Any]:
     """Train once per seed and judge; without times where the target is missed."""
     track = TRACKS[name]
@@ -108,7 +92,7 @@ def speedrun(words: cw.Words, name: str, config: Config, seeds: int) -> dict[str
         losses.append({split: float(loss.loss or 0) for split, loss in evaluation.losses(run.model.cpu()).items()})
         stderr().print(f"  seed {seed}: val {losses[-1]['val']:.4f}")
     val = [loss["val"] for loss in losses]
-    p = p_value(val, track.target)
+    found, p = estimate(val), p_below(val, track.target)
     parameters = runs[0].model.num_parameters
     report = {
         "track": name,
@@ -119,10 +103,11 @@ def speedrun(words: cw.Words, name: str, config: Config, seeds: int) -> dict[str
         "config": config.summary(),
         "seeds": list(range(seeds)),
         "losses": {split: [loss[split] for loss in losses] for split in losses[0]},
-        "val_mean": statistics.mean(val),
-        "val_std": statistics.stdev(val),
+        "val_mean": found.mean,
+        "val_std": found.deviation,
+        "val_interval": [found.low, found.high],
         "p_value": p,
-        "reached": parameters <= track.parameters and statistics.mean(val) <= track.target and p < LEVEL,
+        "reached": parameters <= track.parameters and found.mean <= track.target and p < LEVEL,
     }
     if report["reached"]:
         seconds = [run.seconds for run in runs]

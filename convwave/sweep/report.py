@@ -310,5 +310,5 @@ def _focus(axes: Any, losses: Sequence[float]) -> None:
     """Show the better nine tenths: a few that failed would squeeze all else."""
     ordered = sorted(losses)
     low, high = ordered[0], ordered[int(0.9 * (len(ordered) - 1))]
-    if ordered[-1] > high + 0.5 * (high - low):
+    if ordered[-1] > high + 0.5 * (high - low) > low:
         axes.set_ylim(low - 0.05 * (high - low), high + 0.15 * (high - low))

@@ -102,7 +102,8 @@ def seeds_needed(difference: float, deviation: float, comparisons: int = 1) -> i
 
     def power(n: int) -> float:
         edge = stats.t.ppf(1 - level / 2, n - 1)
-        return float(stats.nct.sf(edge, n - 1, abs(difference) / deviation * math.sqrt(n)))
+        centre = min(abs(difference) / deviation * math.sqrt(n), 100.0)  # beyond which SciPy loses its digits
+        return float(stats.nct.sf(edge, n - 1, centre))
 
     low, high = max(2, least), _MOST
     if power(high) < POWER:

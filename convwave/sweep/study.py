@@ -171,10 +171,9 @@ def _results(trials: Sequence[FrozenTrial]) -> dict[str, Row]:
     rows: dict[str, Row] = {}
     for trial in trials:  # in the order of their numbers
         found = trial.user_attrs.get("result")
-        if found is not None and trial.state.is_finished():
+        if found is not None:
             pair = _pair(trial)
-            loss = trial.value if found["state"] == "complete" else None
-            rows.setdefault(pair.key, Row(pair.parameters, pair.seed, loss, **found))
+            rows.setdefault(pair.key, Row(pair.parameters, pair.seed, **found))
     return rows
 
 
@@ -268,10 +267,10 @@ class Training:
             self.seconds += time.perf_counter() - began
             self.cpu_seconds += time.process_time() - cpu
 
-    def result(self, state: str) -> dict[str, Any]:
-        """What is stored with the trial: the fields of `Row` that Optuna does not have."""
+    def result(self) -> dict[str, Any]:
+        """Times and curve, as in `Row`."""
         curve = [[block.last_step, round(block.mean_loss, 4)] for block in block_means(self.losses, _POINTS)]
-        return {"state": state, "seconds": self.seconds, "cpu_seconds": self.cpu_seconds, "curve": curve}
+        return {"seconds": self.seconds, "cpu_seconds": self.cpu_seconds, "curve": curve}
 
 
 class Worker:
@@ -325,7 +324,7 @@ class Worker:
                 results = _results(trials)
                 self.progress.trial(list(results.values()), self.plan)
                 if self.interrupted():
-                    raise Interrupted(f"{len(results)} of {self.plan.number} trials are done")
+                    raise self._stopped()
                 if len(results) >= self.plan.number or self._out_of_time(results):
                     break
                 running = {_pair(trial).key for trial in trials if self._lives(trial)}
@@ -343,6 +342,12 @@ class Worker:
     def write(self, rows: Sequence[Row]) -> None:
         """The results so far, into the folder."""
         write_results(self.out, self.plan, rows, self.source)
+
+    def _stopped(self) -> Interrupted:
+        """What to raise when the user asks to stop; the results so far are written."""
+        rows = rows_of(self.study)
+        self.write(rows)
+        return Interrupted(f"{len(rows)} of {self.plan.number} trials are done")
 
     def _out_of_time(self, results: dict[str, Row]) -> bool:
         return self.plan.seconds is not None and sum(r.seconds for r in results.values()) >= self.plan.seconds
@@ -394,24 +399,32 @@ class Worker:
         return mine if self._first(mine, pair) else None
 
     def _first(self, mine: int, pair: Pair) -> bool:
-        """Whether no other worker has claimed it before; else the trial is given up."""
-        for trial in self.study.get_trials(deepcopy=False)[:mine]:
-            if _keyed(trial) and _pair(trial).key == pair.key and ("result" in trial.user_attrs or self._lives(trial)):
-                self._release(mine)
-                return False
+        """Whether no other worker has claimed it before, nor the last trial that was left; else it is given up."""
+        before = self.study.get_trials(deepcopy=False)[:mine]
+        keys = {_pair(trial).key for trial in before if "result" in trial.user_attrs or self._lives(trial)}
+        if pair.key in keys or len(keys) >= self.plan.number:
+            self._release(mine)
+            return False
         return True
 
     def _suggest(self, results: dict[str, Row], running: set[str]) -> int | None:
         """A new configuration of the sampler, with the first seed."""
+        import optuna
+
         if len(results.keys() | running) >= self.plan.number:
             return None
+        blank = optuna.trial.create_trial(state=optuna.trial.TrialState.RUNNING)
+        sampler = self.study.sampler
         for _ in range(_TRIES):
-            trial = self.study.ask(fixed_distributions=self._distributions)
-            pair = Pair(dict(trial.params), self.plan.seeds[0])
-            trial.set_user_attr("worker", self.name)
-            trial.set_user_attr("seed", pair.seed)
-            if self._first(trial.number, pair):
-                return trial.number
+            suggested = {
+                name: sampler.sample_independent(self.study, blank, name, of)
+                for name, of in self._distributions.items()
+            }
+            pair = Pair(suggested, self.plan.seeds[0])
+            if pair.key not in results and pair.key not in running:
+                number = self._add(pair)
+                if number is not None:
+                    return number
         return None
 
     def _do(self, number: int) -> None:
@@ -444,10 +457,8 @@ class Worker:
             state, told = "diverged", states.FAIL
         except (Interrupted, KeyboardInterrupt):
             self._release(number)
-            rows = rows_of(self.study)
-            self.write(rows)
-            raise Interrupted(f"{len(rows)} of {self.plan.number} trials are done") from None
-        trial.set_user_attr("result", training.result(state))
+            raise self._stopped() from None
+        trial.set_user_attr("result", {"loss": loss, "state": state, **training.result()})
         self.study.tell(number, loss, told)
 
     def _release(self, number: int) -> None:
@@ -459,7 +470,7 @@ class Worker:
 
     def _lives(self, trial: FrozenTrial) -> bool:
         """Whether a trial is running, and its worker lives; the trial of one that does not is given up."""
-        if trial.state.is_finished() or not _keyed(trial):
+        if trial.state.is_finished() or not _keyed(trial) or "result" in trial.user_attrs:
             return False
         worker = trial.user_attrs["worker"]
         alive = True if worker == self.name else self._holds_lock(worker)
@@ -494,18 +505,11 @@ class Worker:
             if fcntl is not None:
                 with suppress(OSError):
                     fcntl.flock(file, fcntl.LOCK_EX)
-            try:
-                yield
-            finally:
-                if not any(t.user_attrs.get("worker") == self.name for t in self._unfinished()):
-                    path.unlink(missing_ok=True)  # nobody will ask
-
-    def _unfinished(self) -> list[FrozenTrial]:
-        return [trial for trial in self.study.get_trials(deepcopy=False) if not trial.state.is_finished()]
+            yield
 
 
 def _keyed(trial: FrozenTrial) -> bool:
-    """Whether it says what it trains and whose it is: a suggestion whose worker was killed at once does not."""
+    """Whether it says what it trains and whose it is, as all trials of workers do."""
     return "seed" in trial.user_attrs and "worker" in trial.user_attrs
 
 
