@@ -14,6 +14,10 @@
     adam_lr = [0.03, 0.05, 0.08]  # values
     lr = { low = 0.05, high = 0.5, log = true }   # or a range, for random and tpe
 
+    [[variants]]                  # instead of parameters: the recipe as it is, then with these changes, one by one
+    adam_lr = 0.02
+    steps = 500
+
 A trial is one training: a configuration, that is a value for every parameter, with one seed.
 """
 
@@ -39,6 +43,7 @@ SAMPLERS = ("grid", "random", "tpe")
 HELD_OUT = 0.1  # of the distinct names of the training split
 _MOST = 1_000_000  # trials
 _WHOLE = {entry.name for entry in fields(Recipe) if entry.type == "int"}
+_LISTS = ("seeds", "prune_at", "variants")
 _FIELDS = [entry.name for entry in fields(Recipe) if entry.name != "name"]
 
 
@@ -68,7 +73,8 @@ class Plan:
 
     Attributes:
         recipe: that parameters vary.
-        parameters: by name, values or a range.
+        parameters: by name, values or a range; with variants, all values that occur.
+        variants: configurations of a grid that is not all combinations; empty otherwise.
     """
 
     recipe: Recipe
@@ -82,19 +88,20 @@ class Plan:
     prune_at: tuple[int, ...] = ()
     device: str = "cpu"
     parameters: dict[str, tuple[Any, ...] | Range] = field(default_factory=dict)
+    variants: tuple[dict[str, Any], ...] = ()
 
     @property
     def number(self) -> int:
         """How many trials there will be at most."""
         sizes = [len(values) for values in self.parameters.values() if not isinstance(values, Range)]
-        every = math.prod(sizes) * len(self.seeds)
+        every = (len(self.variants) or math.prod(sizes)) * len(self.seeds)
         unlimited = self.trials is not None and len(sizes) < len(self.parameters)
         return self.trials or every if unlimited else min(every, self.trials or every)
 
     @property
     def own(self) -> dict[str, Any] | None:
         """The recipe's own values of the parameters, with which random and tpe begin; None where they are no choice."""
-        values = {**asdict(self.recipe), "recipe": self.recipe.name, **({"steps": self.steps} if self.steps else {})}
+        values = _own(self.recipe, self.steps)
         own = {name: values[name] for name in self.parameters}
         inside = (
             choice.low <= own[name] <= choice.high if isinstance(choice, Range) else own[name] in choice
@@ -110,6 +117,8 @@ class Plan:
         return [Pair(c, seed) for seed in self.seeds for c in configurations][: self.number]
 
     def _grid(self) -> Iterator[dict[str, Any]]:
+        if self.variants:
+            return iter(self.variants)
         choices = [values for values in self.parameters.values() if not isinstance(values, Range)]
         return (dict(zip(self.parameters, values, strict=True)) for values in itertools.product(*choices))
 
@@ -147,14 +156,14 @@ class Plan:
     def to_json(self) -> dict[str, Any]:
         """Plain JSON values."""
         ranges = {name: v._asdict() if isinstance(v, Range) else list(v) for name, v in self.parameters.items()}
-        lists = {"seeds": list(self.seeds), "prune_at": list(self.prune_at)}
+        lists = {name: list(getattr(self, name)) for name in _LISTS}
         return {**asdict(self), **lists, "parameters": ranges}
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> Plan:
         """The plan that `to_json` gave `values` of."""
         parameters = {n: Range(**v) if isinstance(v, dict) else tuple(v) for n, v in values["parameters"].items()}
-        lists = {name: tuple(values[name]) for name in ("seeds", "prune_at")}
+        lists = {name: tuple(values.get(name, ())) for name in _LISTS}
         return cls(**{**values, **lists, "parameters": parameters, "recipe": Recipe(**values["recipe"])})
 
 
@@ -202,6 +211,12 @@ def _plan(values: dict[str, Any], folder: Path) -> Plan:
     sampler, table = given.get("sampler", "grid"), given.get("parameters", {})
     if not isinstance(table, dict):
         raise ValueError(f"parameters: expected a table, got {table!r}")
+    if "variants" in given:
+        given["variants"] = _variants(given["variants"], given["recipe"], given.get("steps"))
+        if table or sampler != "grid":
+            raise ValueError("variants: expected neither parameters nor another sampler than grid beside them")
+        names = given["variants"][0]
+        table = {name: list(dict.fromkeys(variant[name] for variant in given["variants"])) for name in names}
     given["parameters"] = {name: _choices(name, choice, sampler) for name, choice in table.items()}
     plan = Plan(**given)
     ranged = any(isinstance(choice, Range) for choice in plan.parameters.values())
@@ -214,6 +229,25 @@ def _plan(values: dict[str, Any], folder: Path) -> Plan:
         if plan.prune_at and plan.steps is not None and plan.prune_at[-1] >= config.steps:
             raise ValueError(f"prune_at: expected steps before the last, {config.steps}, got {plan.prune_at[-1]}")
     return plan
+
+
+def _own(recipe: Recipe, steps: int | None) -> dict[str, Any]:
+    """The values of a recipe that can be varied."""
+    return {**asdict(recipe), "recipe": recipe.name, **({} if steps is None else {"steps": steps})}
+
+
+def _variants(value: Any, recipe: Recipe, steps: int | None) -> tuple[dict[str, Any], ...]:
+    """The recipe's own values of all fields that occur, then those of every variant; raises ValueError."""
+    if not isinstance(value, list) or not all(isinstance(variant, dict) for variant in value):
+        raise ValueError(f"variants: expected tables [[variants]], got {value!r}")
+    checked = [{n: _choices(n, [v], "grid")[0] for n, v in variant.items()} for variant in value]
+    own = _own(recipe, steps)
+    base = {name: own[name] for name in dict.fromkeys(name for variant in checked for name in variant)}
+    configurations = [base, *({**base, **variant} for variant in checked)]
+    distinct = {json.dumps(one) for one in configurations}
+    if len(distinct) < len(configurations):
+        raise ValueError("variants: expected each once, and none that is the recipe itself")
+    return tuple(configurations)
 
 
 def _recipe(value: Any, folder: Path) -> Recipe:
@@ -253,6 +287,9 @@ def _choices(name: str, choice: Any, sampler: str) -> tuple[Any, ...] | Range:
 
 def _corners(plan: Plan) -> Iterator[dict[str, Any]]:
     """Configurations that hold every value and both ends of every range, to find at once what cannot be trained."""
+    if plan.variants:
+        yield from plan.variants
+        return
     choices = {n: (v.low, v.high) if isinstance(v, Range) else v for n, v in plan.parameters.items()}
     for turn in range(max((len(values) for values in choices.values()), default=1)):
         yield {name: values[turn % len(values)] for name, values in choices.items()}
