@@ -32,10 +32,14 @@ SECONDS = 300  # after which a fault is taken to hang
 
 # Where to look for a fault that MUTANTS.md names no test for: by module, what is likely to see it first, then the rest.
 _FILES = (
-    "per_level graph batches generation sampling runs evaluation equivalence convert data frozen closed_form ops nn"
+    "per_level graph batches generation sampling runs evaluation equivalence convert data frozen closed_form ops nn "
+    "metrics sweep"
 )
 _FIRST = {
     "data": "graph batches data frozen",
+    "runs.metrics": "metrics",
+    "train.diagnostics": "metrics",
+    "sweep": "sweep",
     "train": "per_level frozen",
     "infer.generate": "generation sampling",
     "infer.score": "evaluation per_level",
@@ -383,6 +387,121 @@ MUTANTS = [
     ),
     Mutant(
         "inference: the last block cut short", "infer.score", "n = min(rows, N - start)", "n = min(rows, N - start - 1)"
+    ),
+    Mutant(
+        "diagnostics of steps that are done again stay",
+        "runs.metrics",
+        "for step, record in looks.items() if step <= len(losses)]",
+        "for step, record in looks.items()]",
+    ),
+    Mutant(
+        "losses of another run stay",
+        "runs.metrics",
+        'record if record.get("loss") == loss else',
+        "record if record else",
+    ),
+    Mutant(
+        "lines are written when the run ends",
+        "runs.metrics",
+        "if time.perf_counter() - self._written > _SECONDS:",
+        "if False:",
+    ),
+    Mutant(
+        "a row of many windows is looked at once",
+        "train.diagnostics",
+        "shares = counts.to(h.dtype)",
+        "shares = torch.ones_like(h[:, 0])",
+    ),
+    Mutant(
+        "an update over the parameter after it",
+        "train.diagnostics",
+        "_ratio(p - before[name], before[name])",
+        "_ratio(p - before[name], p)",
+    ),
+    Mutant(
+        "a channel is dead where one row is saturated",
+        "train.diagnostics",
+        "far[counts > 0].all(0)",
+        "far[counts > 0].any(0)",
+    ),
+    Mutant(
+        "closed form: activations are the logistic's", "train.closed_form", "H).mul(2).sub_(1), w)", "H).clone(), w)"
+    ),
+    Mutant(
+        "a look draws random numbers",
+        "train.diagnostics",
+        '            found["gradient_norm"] =',
+        '            self._run.reader.generator.manual_seed(1)\n            found["gradient_norm"] =',
+    ),
+    Mutant(
+        "names held out are trained on",
+        "sweep.plan",
+        "rest, out = [n for n in names if n not in held], [n",
+        "rest, out = list(names), [n",
+    ),
+    Mutant(
+        "a range forgets its logarithm",
+        "sweep.plan",
+        " if log else generator.uniform(low, high)",
+        " if False else generator.uniform(low, high)",
+    ),
+    Mutant(
+        "the ends of a whole range are drawn half as often",
+        "sweep.plan",
+        "low, high = low - 0.5, high + 0.5",
+        "low, high = float(low), float(high)",
+    ),
+    Mutant(
+        "a result is of any seed",
+        "sweep.plan",
+        "json.dumps([self.parameters, self.seed], sort_keys=True)",
+        "json.dumps([self.parameters, 0], sort_keys=True)",
+    ),
+    Mutant(
+        "the claim of a killed worker holds",
+        "sweep.study",
+        "        return False\n\n    @contextmanager\n    def _alive",
+        "        return True\n\n    @contextmanager\n    def _alive",
+    ),
+    Mutant("two workers claim one trial", "sweep.study", "if pair.key in keys or len(keys)", "if len(keys)"),
+    Mutant("a killed worker's unfinished line stays", "sweep.study", 'if journal.read(1) != b"\\n":', "if False:"),
+    Mutant(
+        "a trial is judged on what it has learned",
+        "sweep.study",
+        "Splits([], self.held_out, [])",
+        "Splits([], self.corpus.splits.train, [])",
+    ),
+    Mutant(
+        "pruned configurations go on with other seeds",
+        "sweep.study",
+        "in pruned or pair.key in results",
+        "in () or pair.key in results",
+    ),
+    Mutant("every comparison is corrected for all", "sweep.statistics", "(len(p) - rank) * p[i]", "len(p) * p[i]"),
+    Mutant(
+        "intervals of the normal distribution",
+        "sweep.statistics",
+        "float(stats.t.ppf(1 - LEVEL / 2, n - 1))",
+        "float(stats.norm.ppf(1 - LEVEL / 2))",
+    ),
+    Mutant("medians are permuted", "sweep.statistics", "np.mean(x, axis=axis)", "np.median(x, axis=axis)"),
+    Mutant(
+        "pairs of different seeds",
+        "sweep.statistics",
+        "[loss - baseline[seed] for seed, loss in one.items() if seed in baseline]",
+        "[a - b for a, b in zip(one.values(), baseline.values(), strict=False)]",
+    ),
+    Mutant(
+        "as many seeds as one comparison needs",
+        "sweep.statistics",
+        "    level = LEVEL / comparisons\n",
+        "    level = LEVEL\n",
+    ),
+    Mutant(
+        "the Pareto front is the worst",
+        "sweep.report",
+        "line.loss.mean < front[-1].loss.mean",
+        "line.loss.mean > front[-1].loss.mean",
     ),
 ]
 

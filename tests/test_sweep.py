@@ -9,12 +9,15 @@ import multiprocessing
 import os
 import random
 import signal
+import socket
 import statistics
 import subprocess
 import sys
+import threading
 import time
 from collections import Counter
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -425,7 +428,7 @@ def test_a_worker_elsewhere_is_dead_when_it_shows_no_sign_of_life(
 
 
 def test_of_two_claims_at_the_same_time_the_first_counts(prepared: Prepared, tmp_path: Path) -> None:
-    plan = replace(GRID, seeds=(0,), parameters={})
+    plan = replace(GRID, seeds=(0,), parameters={"batch": (40, 50)})
     a, b = Worker(plan, prepared, tmp_path), Worker(plan, prepared, tmp_path)
     with a._alive(), b._alive():
         pair = plan.pairs()[0]
@@ -502,6 +505,21 @@ def test_any_storage_of_optuna(prepared: Prepared, undisturbed: list[Row], tmp_p
         open_storage(tmp_path, "sqlite:////nowhere/at/all.db")
     with pytest.raises(UsageError, match="--storage: cannot be opened"):
         open_storage(tmp_path, "grpc://nothing")
+
+
+def test_the_proxy_of_optuna(prepared: Prepared, undisturbed: list[Row], tmp_path: Path) -> None:
+    """What many workers use that have no common folder."""
+    pytest.importorskip("grpc", reason="needs grpcio")
+    from optuna.storages import InMemoryStorage, run_grpc_proxy_server
+
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    serve = partial(run_grpc_proxy_server, InMemoryStorage(), host="localhost", port=port)
+    threading.Thread(target=serve, daemon=True).start()
+    url = f"grpc://localhost:{port}"
+    assert table(Worker(GRID, prepared, tmp_path / "sweep", url).work()) == table(undisturbed)
+    assert table(Worker(GRID, prepared, tmp_path / "elsewhere/sweep", url).work()) == table(undisturbed)
 
 
 # The command

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -40,14 +41,16 @@ def sweep(args: argparse.Namespace) -> None:
     if args.baseline or args.folder is not None:
         raise UsageError("--baseline, DIR: are for 'convwave sweep report DIR'")
     from convwave.cli.console import check_device, corpus, print_json
+    from convwave.data.packing import Corpus
+    from convwave.data.words import load_words
     from convwave.runs.registry import provenance
     from convwave.sweep.study import Prepared, Worker, open_storage, open_study, results_json, rows_of, write_results
     from convwave.train.loop import interruptible
 
     check_device(plan.device)
-    words = corpus(args)
+    words = corpus(args) if args.worker is None else Corpus(load_words(args.data))
     args.out.mkdir(parents=True, exist_ok=True)
-    source = provenance(args.command_line)
+    source = provenance(re.sub(r"//[^/@\s]*@", "//", args.command_line))  # without a storage's password
     if args.workers > 1:
         open_study(args.out, open_storage(args.out, args.storage), plan, words.sha256)  # refusals come once
         _workers(args)
@@ -81,7 +84,7 @@ class SweepProgress(Progress):
         self.console, self.started = stderr(), time.perf_counter()
         self.name = "" if worker is None else f"worker {worker}: "
         self.single = worker is None and self.console.is_terminal
-        self.shown, self.first = 0.0, -1
+        self.shown, self.first, self.widest = 0.0, -1, 0
 
     def trial(self, rows: Sequence[Row], plan: Plan) -> None:
         now = time.perf_counter() - self.started
@@ -96,7 +99,8 @@ class SweepProgress(Progress):
             text += f"  best {loss:.4f} ({described(row.parameters)}, seed {row.seed})"
         if len(rows) > self.first and not last:
             text += f"  {now / (len(rows) - self.first) * (plan.number - len(rows)):.0f} s left"
-        self.console.print(text, end="\r" if self.single and not last else "\n")
+        self.widest = max(self.widest, len(text))  # what is longer is overwritten too
+        self.console.print(text.ljust(self.widest), end="\r" if self.single and not last else "\n")
 
     def message(self, text: str) -> None:
         self.console.print(text)

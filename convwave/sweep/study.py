@@ -96,6 +96,18 @@ class _Lock:
         self._file.close()
 
 
+def _has_locks(journal: Path) -> bool:
+    """Whether the folder's file system has locks."""
+    if fcntl is None:
+        return False
+    try:
+        with open(journal.with_suffix(".lock"), "a") as file:
+            fcntl.flock(file, fcntl.LOCK_SH)
+    except OSError:
+        return False
+    return True
+
+
 def open_storage(out: Path, url: str | None) -> BaseStorage:
     """The journal in a sweep's folder, or the storage of a URL: ``grpc://HOST:PORT`` or one of SQLAlchemy's or Redis.
 
@@ -112,13 +124,16 @@ def open_storage(out: Path, url: str | None) -> BaseStorage:
     if url is None:
         journal = out / JOURNAL
         try:
-            return JournalStorage(JournalFileBackend(str(journal), None if fcntl is None else _Lock(journal)))  # type: ignore[arg-type]
+            lock: Any = _Lock(journal) if _has_locks(journal) else None  # None is Optuna's own, by links
+            return JournalStorage(JournalFileBackend(str(journal), lock))
         except ValueError as error:
             raise UsageError(f"{journal}: is no journal of a sweep: {error}") from None
     try:
         if url.startswith("grpc://"):
             host, _, port = url.removeprefix("grpc://").rpartition(":")
-            proxy = GrpcStorageProxy(host=host, port=int(port))
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+                proxy = GrpcStorageProxy(host=host, port=int(port))
             proxy.wait_server_ready(timeout=30)
             return proxy
         return get_storage(url)
