@@ -464,13 +464,6 @@ MUTANTS = [
         "        return True\n\n    @contextmanager\n    def _alive",
     ),
     Mutant("two workers claim one trial", "sweep.study", "if pair.key in keys or len(keys)", "if len(keys)"),
-    Mutant("a killed worker's unfinished line stays", "sweep.study", 'if journal.read(1) != b"\\n":', "if False:"),
-    Mutant(
-        "a trial is judged on what it has learned",
-        "sweep.study",
-        "Splits([], self.held_out, [])",
-        "Splits([], self.corpus.splits.train, [])",
-    ),
     Mutant(
         "pruned configurations go on with other seeds",
         "sweep.study",

@@ -190,7 +190,12 @@ def slices_plot(report: Report, path: Path) -> None:
         values, choices = [row.parameters[name] for row in done], report.plan.parameters[name]
         if isinstance(choices, Range):
             places, mark = values, base[name]
-            axes.set_xscale("log" if choices.log else "linear")
+            if choices.log:
+                ends = math.log(choices.low), math.log(choices.high)
+                ticks = [float(f"{math.exp(ends[0] + (ends[1] - ends[0]) * i / 3):.1g}") for i in range(4)]
+                axes.set_xscale("log")
+                axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+                axes.minorticks_off()
         else:
             places, mark = [choices.index(value) for value in values], choices.index(base[name])
             axes.set_xticks(range(len(choices)), [str(choice) for choice in choices])
@@ -218,7 +223,9 @@ def differences_plot(report: Report, path: Path, most: int = 25) -> None:
     from matplotlib.figure import Figure
 
     lines = [line for line in report.lines[1:] if line.comparison and line.comparison.difference][:most]
-    figure = Figure(figsize=(9, 1.3 + 0.28 * max(1, len(lines))), layout="constrained")
+    names = [described(line.parameters) for line in lines]
+    width = 6 + 0.07 * max(map(len, names), default=0)  # inches, with the names
+    figure = Figure(figsize=(width, 1.3 + 0.28 * max(1, len(lines))), layout="constrained")
     axes = figure.subplots()
     for place, line in enumerate(lines):
         assert line.comparison is not None
@@ -229,16 +236,15 @@ def differences_plot(report: Report, path: Path, most: int = 25) -> None:
         axes.plot([low, high], [place, place], color=colour, linewidth=1.5)
         axes.plot([found.mean], [place], "o", color=colour, markersize=4)
     axes.axvline(0, color=GREY, linewidth=0.8)
-    names = [described(line.parameters) for line in lines]
-    axes.set_yticks(range(len(lines)), names)
+    axes.set_yticks(range(len(lines)), names, fontsize="small")
     axes.set_ylim(len(lines) - 0.5, -0.5)
-    base = described(report.lines[0].parameters)
     axes.set(
-        title=f"difference to {base}; grey: not distinguishable (5 %, Holm)",
+        title="difference to the baseline; grey: not distinguishable (5 %, Holm)",
         xlabel="held-out loss less the baseline's of the same seed (nats), 95 % interval",
     )
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(axis="x", alpha=0.25)
+    figure.supxlabel(f"baseline: {described(report.lines[0].parameters)}", fontsize="small")
     save_figure(figure, path)
 
 
@@ -247,7 +253,7 @@ def curves_plot(report: Report, path: Path, most: int = 9) -> None:
     from matplotlib.figure import Figure
 
     lines = [line for line in report.lines if line.loss is not None][: most + 1]
-    figure = Figure(figsize=(9, 5), layout="constrained")
+    figure = Figure(figsize=(9, 5 + 0.2 * len(lines)), layout="constrained")
     axes = figure.subplots()
     lowest, late = math.inf, -math.inf
     for colour, line in zip(colours(len(lines)), lines, strict=True):
@@ -257,7 +263,7 @@ def curves_plot(report: Report, path: Path, most: int = 9) -> None:
         axes.plot(steps, means, color=colour, linewidth=1.2, label=described(line.parameters))
         lowest, late = min(lowest, *means), max(late, means[len(means) // 4])
     axes.set(xlabel="step", ylabel="training loss (nats)", ylim=(lowest - 0.02, late + 0.05))
-    axes.legend(frameon=False, fontsize="small")
+    figure.legend(frameon=False, fontsize="small", loc="outside lower left")
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(alpha=0.25)
     save_figure(figure, path)
