@@ -465,6 +465,12 @@ MUTANTS = [
     ),
     Mutant("two workers claim one trial", "sweep.study", "if pair.key in keys or len(keys)", "if len(keys)"),
     Mutant(
+        "a trial is judged on what it has learned",
+        "sweep.study",
+        "Splits([], self.held_out, [])",
+        "Splits([], self.corpus.splits.train, [])",
+    ),
+    Mutant(
         "pruned configurations go on with other seeds",
         "sweep.study",
         "in pruned or pair.key in results",
