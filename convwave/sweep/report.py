@@ -126,6 +126,7 @@ def importance(plan: Plan, rows: Sequence[Row]) -> dict[str, float]:
     varied = {n: v for n, v in plan.parameters.items() if len({json.dumps(r.parameters[n]) for r in done}) > 1}
     if len(varied) < 2 or len(done) < 10:
         return {}
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
     study = optuna.create_study()
     for row in done:
         params = {name: row.parameters[name] for name in varied}
