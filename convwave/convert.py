@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from convwave import reference
 from convwave.data.graph import graph_of_windows
-from convwave.nn import BatchNorm, ConvWave
+from convwave.nn import BatchNorm, ConvWave, on_device
 
 
 class ConversionError(ValueError):
@@ -71,7 +71,8 @@ def from_windowed(mlp: reference.Sequential | nn.Module, backend: str = "auto") 
     if parts.head_weight.shape[1] != channels:
         raise ConversionError(f"mlp: the head reads {parts.head_weight.shape[1]} numbers, expected {channels}")
 
-    with torch.random.fork_rng(devices=[]):  # the initial weights are overwritten: draw none of the user's numbers
+    # the initial weights are overwritten: draw none of the user's numbers
+    with torch.random.fork_rng(devices=[]), on_device():
         model = _network(parts, factors, backend)
     model.to(parts.embedding.device, parts.embedding.dtype)
     with torch.no_grad():
@@ -149,13 +150,15 @@ def to_torch(model: ConvWave) -> nn.Sequential:
     _check_statistics(model)
     if any(block.norm.unbiased for block in model.layers):
         raise ConversionError("model: normalises with the unbiased variance, nn.BatchNorm1d with the biased one")
-    layers: list[nn.Module] = [nn.Embedding(model.vocab_size, model.n_embd), nn.Flatten(0, 1)]
-    for block in model.layers:
-        H, C, k = block.conv.weight.shape
-        norm = nn.BatchNorm1d(H, block.norm.eps, block.norm.momentum)
-        layers += [nn.Unflatten(0, (-1, k)), nn.Flatten(1), nn.Linear(k * C, H, bias=False), norm, nn.Tanh()]
-    mlp = nn.Sequential(*layers, nn.Linear(model.widths[-1], model.vocab_size))
-    mlp.to(model.head.weight.device, model.head.weight.dtype)
+    with on_device(model.head.weight.device):
+        layers: list[nn.Module] = [nn.Embedding(model.vocab_size, model.n_embd), nn.Flatten(0, 1)]
+        for block in model.layers:
+            H, C, k = block.conv.weight.shape
+            norm = nn.BatchNorm1d(H, block.norm.eps, block.norm.momentum)
+            layers += [nn.Unflatten(0, (-1, k)), nn.Flatten(1), nn.Linear(k * C, H, bias=False), norm, nn.Tanh()]
+        layers.append(nn.Linear(model.widths[-1], model.vocab_size))
+    mlp = nn.Sequential(*layers)
+    mlp.to(model.head.weight.dtype)
     _copy_into(_of_torch(mlp), model)
     return mlp.train(model.training)
 
@@ -187,6 +190,8 @@ def _vectors(ours: BatchNorm, theirs: reference.BatchNorm1d | nn.BatchNorm1d) ->
     pairs = []
     for a, b in zip([*names, "num_batches_tracked"], other, strict=False):
         mine, its = getattr(ours, a), getattr(theirs, b)
+        if mine is None or its is None:
+            raise ConversionError(f"norm: expected affine parameters and running statistics on both sides, got no {b}")
         if mine.numel() != its.numel():
             raise ConversionError(f"mlp: {b} has shape {tuple(its.shape)}, expected {mine.numel()} numbers")
         pairs.append((mine, its if its.shape == mine.shape else its.view(mine.shape)))
@@ -266,7 +271,7 @@ def _check_same_function(mlp: nn.Module, model: ConvWave) -> None:
     """Compare copies of both in float64 on random windows, in both modes."""
     theirs, ours = copy.deepcopy(mlp).double().cpu(), copy.deepcopy(model).double().cpu()
     generator = torch.Generator().manual_seed(0)
-    windows = torch.randint(0, model.vocab_size, (64, model.context), generator=generator)
+    windows = torch.randint(0, model.vocab_size, (64, model.context), generator=generator, device="cpu")
     graph = graph_of_windows(windows, windows[:, -1], model.factors)
     for training in (True, False):
         try:

@@ -9,8 +9,8 @@ import math
 import operator
 import os
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, Literal, TypeVar, cast
 
 import torch
@@ -51,6 +51,15 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     finally:
         for module, mode in modes:
             module.training = mode
+
+
+def on_device(device: torch.device | str = "cpu") -> AbstractContextManager[object]:
+    """New tensors are made on this device, whatever `torch.set_default_device` says.
+
+    Nothing where that is so anyway: in the context every call of torch costs a microsecond more.
+    """
+    device = torch.device(device)
+    return nullcontext() if torch.get_default_device() == device else device
 
 
 class CausalConv1d(nn.Module):
@@ -106,9 +115,13 @@ class CausalConv1d(nn.Module):
             h: (N', C) rows with `taps`; (N, C) sequences end to end with `cu_seqlens`; (B, T, C) or (B, C, T).
             taps: (k, N) rows of h, a level of a graph; then dilation and padding are not used.
 
+        With ``layout="BCT"`` and neither of them, h may also be (C, T), as for `nn.Conv1d`.
+
         Returns:
             (N, H), (B, T, H) or (B, H, T).
         """
+        if h.ndim == 2 and self.layout == "BCT" and taps is None and cu_seqlens is None:
+            return self(h[None])[0]
         rows, row, shape = _arranged(self, h, taps, None, None, cu_seqlens)
         bias = None if self.bias is None else self.bias.to(h.dtype)
         zeros = taps is None and self.padding == "zeros"
@@ -436,7 +449,9 @@ class ConvStack(nn.Module):
             taps, consumers = functional.sequence_taps(
                 as_below, block.kernel_size, block.dilation, block.padding, cu_seqlens
             )
-            graph_rows.append(Rows(taps, first.counts, None, consumers))
+            # a view: torch.compile takes no tensor twice
+            counts = None if first.counts is None else first.counts.view_as(first.counts)
+            graph_rows.append(Rows(taps, counts, None, consumers))
         out = conv_stack(rows, [b.level() for b in blocks], graph_rows, blocks[0].backend, blocks[0].precision)
         for block in blocks:
             block.norm.count_batch()
@@ -586,6 +601,8 @@ class ConvWave(nn.Module):
         kernels = self.backend == "triton" and runs_kernels(h)
         backward = kernels and torch.is_grad_enabled() and not torch.compiler.is_compiling()
         rows = graph.rows(counted, consumers=backward)
+        if counted and not graph.all_count:
+            h = functional.without_uncounted(h, rows[0].taps, graph.weights[0])
         h = conv_stack(h, [block.level() for block in self.layers], rows, self.backend, self.precision)
         for block in self.layers:
             block.norm.count_batch()
@@ -627,7 +644,15 @@ def _check_precision(precision: str) -> str:
 
 
 def save_model(model: ConvWave, path: str | os.PathLike[str]) -> None:
-    """Write a model with its configuration and vocabulary."""
+    """Write a model with its configuration and vocabulary.
+
+    Raises:
+        ValueError: modules were put in place of others, so that the file could not be read again.
+    """
+    with on_device("meta"), torch.random.fork_rng(devices=[]):
+        expected = ConvWave(**model.config(), backend="eager").state_dict().keys()
+    if changed := expected ^ model.state_dict().keys():
+        raise ValueError(f"model: expected the tensors of a ConvWave and no others, but {sorted(changed)[0]} differs")
     vocabulary = None if model.vocabulary is None else "".join(model.vocabulary.symbols)
     metadata = {
         "format": MODEL_FORMAT,
@@ -654,7 +679,7 @@ def load(path: str | os.PathLike[str], backend: str = "auto") -> ConvWave:
             raise ValueError("vocabulary, data_sha256: expected text or null")
         _check_config(config, {name: tuple(tensor.shape) for name, tensor in tensors.items()})
         vocabulary = None if symbols is None else Vocabulary(symbols)
-        with torch.random.fork_rng(devices=[]), torch.device("cpu"):
+        with torch.random.fork_rng(devices=[]), on_device("cpu"):
             model = ConvWave(**config, backend=backend, vocabulary=vocabulary)
         model.load_state_dict({name: _checked(name, tensor) for name, tensor in tensors.items()}, assign=True)
         model.to(tensors["head.weight"].dtype)
@@ -682,6 +707,13 @@ def _check_config(config: Any, shapes: dict[str, tuple[int, ...]]) -> None:
                 raise ValueError(f"{name}: expected a number from {low:g} to {high:g}, got {value!r}")
     if not all(type(value) is bool for value in _per_level("unbiased", config["unbiased"], len(factors))):
         raise ValueError(f"unbiased: expected true or false, got {config['unbiased']!r}")
+    check_shapes(shapes, vocab_size, n_embd, widths, factors)
+
+
+def check_shapes(
+    shapes: Mapping[str, tuple[int, ...]], vocab_size: int, n_embd: int, widths: Sequence[int], factors: Sequence[int]
+) -> None:
+    """Raise ValueError or KeyError where parameters of these shapes are not those of a network of these sizes."""
     expected: dict[str, tuple[int, ...]] = {"embedding.weight": (vocab_size, n_embd)}
     for i, (below, above, factor) in enumerate(zip([n_embd, *widths], widths, factors, strict=False)):
         expected[f"blocks.{i}.conv.weight"] = (above, below, factor)

@@ -21,8 +21,8 @@ class Linear:
     """x @ weight + bias; weight is (fan_in, fan_out), normal over the square root of the fan-in."""
 
     def __init__(self, fan_in: int, fan_out: int, bias: bool, generator: torch.Generator) -> None:
-        self.weight = torch.randn((fan_in, fan_out), generator=generator) / fan_in**0.5
-        self.bias = torch.zeros(fan_out) if bias else None
+        self.weight = torch.randn((fan_in, fan_out), generator=generator, device="cpu") / fan_in**0.5
+        self.bias = torch.zeros(fan_out, device="cpu") if bias else None
 
     def __call__(self, x: Tensor) -> Tensor:
         out = x @ self.weight
@@ -42,8 +42,8 @@ class BatchNorm1d:
     def __init__(self, dim: int, eps: float = 1e-5, momentum: float = 0.1, unbiased: bool = True) -> None:
         self.eps, self.momentum, self.unbiased = eps, momentum, unbiased
         self.training = True
-        self.gamma, self.beta = torch.ones(dim), torch.zeros(dim)
-        self.running_mean, self.running_var = torch.zeros(dim), torch.ones(dim)
+        self.gamma, self.beta = torch.ones(dim, device="cpu"), torch.zeros(dim, device="cpu")
+        self.running_mean, self.running_var = torch.zeros(dim, device="cpu"), torch.ones(dim, device="cpu")
 
     def __call__(self, x: Tensor) -> Tensor:
         if self.training:
@@ -74,7 +74,7 @@ class Embedding:
     """(..) token ids -> (.., n_embd)."""
 
     def __init__(self, num_embeddings: int, n_embd: int, init: Callable[..., Tensor], generator: torch.Generator):
-        self.weight = init((num_embeddings, n_embd), generator=generator)
+        self.weight = init((num_embeddings, n_embd), generator=generator, device="cpu")
 
     def __call__(self, ids: Tensor) -> Tensor:
         return self.weight[ids]

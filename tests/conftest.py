@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+import signal
 
 import pytest
 import torch
@@ -30,6 +31,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(GPU)
 
 
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # in the background of a shell; some tests interrupt themselves
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 torch.backends.cudnn.allow_tf32 = False  # nn.Conv1d is compared with in float32, not in TF32
 torch.set_num_threads(1)  # small tensors: two threads are slower than one, and far slower on a busy machine
 

@@ -5,8 +5,8 @@
     python -m tests.fuzz --seed 7            others
 
 A failure is an exception that reaches the user, more than one line of refusal, a status that is not 0, 1, 2 or 130, a
-case that takes longer than 20 seconds, or an allocation above 1 GB (the address space is limited to that much more).
-Equal seeds and numbers give equal cases. `convwave bench`, which is a process of its own, is left out.
+case that computes for 20 seconds or waits for 300, or an allocation above 1 GB (the address space is limited to that
+much more). Equal seeds and numbers give equal cases. `convwave bench`, which is a process of its own, is left out.
 """
 
 from __future__ import annotations
@@ -36,14 +36,14 @@ import convwave as cw
 from convwave import cli
 from convwave.files import CheckpointError, read_tensors, write_tensors
 from convwave.nn import MODEL_FORMAT
-from convwave.runs.folder import STATE_FORMAT, Folder
+from convwave.runs.folder import MODEL_FILE, STATE_FILE, STATE_FORMAT
 from convwave.train.loop import read_config
 
-SECONDS = 20.0
+SECONDS, PATIENCE = 20.0, 300.0  # of computing, and in all: a busy machine makes nothing fail
 MOST = 2**30
 WORDS = ["anna", "berta", "carla", "dora", "emma", "frida", "gerda", "hanna"] * 20
 
-# everything that a number, a path or a word can be taken for
+# odd values for a number, a path or a word
 ODD = [
     "",
     "0",
@@ -102,11 +102,11 @@ JSON += [
 
 
 class Hang(BaseException):
-    """A case took too long; no Exception, so that nothing takes it for a refusal."""
+    """A case took too long. Not an Exception, so that no handler mistakes it for a refusal."""
 
 
 class Case:
-    """What became of one command or call."""
+    """The outcome of one command or call."""
 
     def __init__(self, run: Callable[[], int | None]) -> None:
         out, err = io.StringIO(), io.StringIO()
@@ -116,20 +116,23 @@ class Case:
         def stop(signum: int, frame: Any) -> None:
             raise Hang
 
-        previous = signal.signal(signal.SIGALRM, stop)
-        signal.setitimer(signal.ITIMER_REAL, SECONDS)
+        timers = ((signal.ITIMER_PROF, signal.SIGPROF, SECONDS), (signal.ITIMER_REAL, signal.SIGALRM, PATIENCE))
+        previous = [signal.signal(number, stop) for _, number, _ in timers]
+        for timer, _, seconds in timers:
+            signal.setitimer(timer, seconds)
         try:
             with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
                 self.status = run()
         except SystemExit as error:
             self.status = error.code if isinstance(error.code, int) else 1
         except Hang:
-            self.failure = f"hangs, stopped after {SECONDS:g} seconds"
+            self.failure = f"hangs, stopped after {SECONDS:g} seconds of computing, or {PATIENCE:g} in all"
         except Exception:
             self.failure = traceback.format_exc(limit=-6)
         finally:
-            signal.setitimer(signal.ITIMER_REAL, 0)
-            signal.signal(signal.SIGALRM, previous)
+            for (timer, number, _), handler in zip(timers, previous, strict=True):
+                signal.setitimer(timer, 0)
+                signal.signal(number, handler)
         self.out, self.err = out.getvalue(), err.getvalue()
 
     def check(self, limited: bool = True) -> str | None:
@@ -165,7 +168,11 @@ class Fuzz:
         train = ["train", "--steps", "3", "--batch", "8", "--n-hidden", "6", "--n-embd", "3", "--data", str(self.text)]
         done = command(*train, "--out", str(self.run))
         assert done.status == 0, done.err or done.failure
-        self.kinds = {"model": self.run / "model.safetensors", "state": self.run / "state.safetensors"}
+        unfinished = folder / "state"
+        tensors, metadata = read_tensors(self.run / STATE_FILE, STATE_FORMAT)
+        metadata["config"]["steps"] += 1
+        write_tensors(unfinished, tensors, metadata)
+        self.kinds = {"model": self.run / MODEL_FILE, "state": unfinished}
         self.whole = {kind: path.read_bytes() for kind, path in self.kinds.items()}
         self.failures: list[str] = []
         self.seen: Counter[str] = Counter()
@@ -193,8 +200,10 @@ class Fuzz:
             if kind == "state":
                 folder = self.folder / "resumed"
                 folder.mkdir(exist_ok=True)
-                shutil.copy(self.file, folder / "state.safetensors")
-                self.note(kind, how, Case(lambda folder=folder: self._state(folder)), file=self.file)
+                for left in folder.iterdir():
+                    left.unlink()
+                shutil.copy(self.file, folder / STATE_FILE)
+                self.note(kind, how, self._state(folder, resume=i % 16 == 3), file=self.file)
                 continue
             data = ["--data", str(self.text)]
             case = command("evaluate", str(self.file), *data, "--json")
@@ -204,14 +213,13 @@ class Fuzz:
                 case = command("sample", str(self.file), "-n", "3", "--max-length", "9", *data)
             self.note(kind, how, case, file=self.file)
 
-    def _state(self, folder: Path) -> int:
-        try:
-            read_config(folder)
-            Folder(folder).load()
-        except CheckpointError as error:
-            print("convwave:", str(error).replace("\n", "|"), file=sys.stderr)
-            return 2
-        return 0
+    def _state(self, folder: Path, resume: bool) -> Case:
+        """Evaluate an interrupted run, or go on with it if it wants few steps."""
+        data = ["--data", str(self.text)]
+        if resume:
+            with contextlib.suppress(CheckpointError):
+                resume = read_config(folder).steps < 10
+        return command(*(["train", "--resume", "--out"] if resume else ["evaluate"]), str(folder), *data)
 
     def _damaged(self, kind: str) -> tuple[str, bytes]:
         how = self.random.choice(
@@ -256,7 +264,7 @@ class Fuzz:
         return len(text).to_bytes(8, "little") + text + content[8 + length :]
 
     def _changed(self, value: Any) -> Any:
-        """JSON with another value, one less or one more in a place of it."""
+        """The JSON with one value changed, removed or added."""
         if isinstance(value, dict) and value and self.random.random() < 0.9:
             key = self.random.choice(sorted(value))
             fate = self.random.random()
@@ -273,7 +281,7 @@ class Fuzz:
     def _other_tensors(self, kind: str, how: str) -> bytes:
         """A file whose checksum is right and whose content is not."""
         text_format = {"model": MODEL_FORMAT, "state": STATE_FORMAT}[kind]
-        if how == "odd" and kind == "model":  # right in itself, of odd sizes
+        if how == "odd" and kind == "model":  # valid, of odd sizes
             vocabulary = cw.Vocabulary(["." if i == 0 else chr(96 + i) for i in range(27)])
             factors = [self.random.choice([2, 2, 3, 50]) for _ in range(self.random.choice([1, 2, 5, 20, 60]))]
             network = cw.ConvWave(27, 1, self.random.choice([1, 2]), factors=factors, vocabulary=vocabulary)
@@ -366,7 +374,7 @@ class Fuzz:
     # command lines
 
     def commands(self, count: int) -> None:
-        """One to three odd options behind a command that is right."""
+        """A valid command with one to three odd options."""
         for i in range(count):
             name = self.random.choices(list(_OPTIONS), [40, 1, 15, 25, 3, 16])[0]
             right = {
@@ -385,8 +393,14 @@ class Fuzz:
                 value = self.random.choice(ODD if self.random.random() < 0.6 else _PLAUSIBLE)
                 if option == "--set":
                     value = self.random.choice([value, f"{self.random.choice(_FIELDS)}={value}"])
+                if option == "--recipe" and self.random.random() < 0.8:  # of a file
+                    value = str(self.folder / "recipe.toml")
+                    fields = [self.random.choice(_FIELDS) for _ in range(self.random.choice([1, 1, 2]))]
+                    values = [self.random.choice(ODD if self.random.random() < 0.6 else _PLAUSIBLE) for _ in fields]
+                    lines = [f"{f} = {v}" for f, v in zip(fields, values, strict=True) if f != "steps" or len(v) < 6]
+                    Path(value).write_bytes("\n".join(['base = "fast"', *lines]).encode(errors="surrogatepass"))
                 if "steps" in option + value and ("=" in option + value or value == str(2**31 - 1)) and len(value) > 5:
-                    continue  # a long training that was asked for
+                    continue  # a long training, as asked for
                 arguments += [option, value] if option and self.random.random() < 0.9 else [option or value]
             self.note("command", shlex.join(arguments)[:300], command(*arguments), limited=False)
             shutil.rmtree(self.folder / f"out{i}", ignore_errors=True)
@@ -482,7 +496,7 @@ def main() -> int:
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
     folder = Path(tempfile.mkdtemp(prefix="convwave-fuzz-"))
-    os.chdir(folder)  # runs/ is made where one stands
+    os.chdir(folder)  # runs/ is made in the current folder
     fuzz = Fuzz(folder, args.seed)
     with limited():
         for name in ("checkpoints", "files", "commands"):

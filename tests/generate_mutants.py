@@ -1,10 +1,12 @@
 """Faults made by a machine: small changes of the arithmetic, one at a time, for `mutation.py`.
 
-    python -m tests.generate_mutants   draw, plant, and write tests/generated_mutants.json
+    python -m tests.generate_mutants               draw, plant what is new, and write tests/generated_mutants.json
+    python -m tests.generate_mutants ops.stack ..  only of some modules
+    python -m tests.generate_mutants --again       plant again what no test saw and nobody has judged
 
 From the syntax tree of each file: + for -, * for /, < for <= and so on, a minimum for a maximum, a minus sign dropped,
-a whole number of an expression one larger. The draw is seeded and by file, so a change in one file redraws that file
-only. What no test sees is written down as a survivor; each needs a judgement, by hand, why it is no fault.
+a whole number of an expression one larger. The draw is seeded and by file. Faults that are listed stay as long as their
+source does. What no test sees is a survivor, and needs a judgement, by hand: why it is no fault.
 """
 
 from __future__ import annotations
@@ -12,30 +14,35 @@ from __future__ import annotations
 import ast
 import json
 import random
+import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from tests.mutation import GENERATED, ROOT, Mutant, run_all, source_of
+from tests.mutation import GENERATED, ROOT, UNJUDGED, Mutant, run_all, source_of
 
 # module -> how many faults are drawn
 DRAWS = {
-    "data.graph": 6,
-    "data.batches": 6,
-    "ops.naive": 2,
-    "ops.stack": 5,
-    "ops.level": 2,
-    "ops.fold": 2,
-    "ops.functional": 4,
-    "kernels.primitives": 4,
-    "kernels.forward": 3,
-    "kernels.backward": 4,
-    "kernels.activate": 1,
-    "train.optim": 3,
-    "train.closed_form": 5,
-    "train.recipes": 2,
-    "infer.generate": 4,
-    "infer.score": 3,
+    "data.graph": 16,
+    "data.batches": 10,
+    "data.packing": 3,
+    "ops.naive": 5,
+    "ops.stack": 10,
+    "ops.level": 3,
+    "ops.fold": 3,
+    "ops.functional": 6,
+    "ops.library": 3,
+    "kernels.primitives": 6,
+    "kernels.forward": 5,
+    "kernels.backward": 8,
+    "kernels.activate": 3,
+    "train.optim": 5,
+    "train.closed_form": 8,
+    "train.recipes": 3,
+    "train.setup": 2,
+    "train.loop": 3,
+    "infer.generate": 6,
+    "infer.score": 6,
 }
 
 _OPERATORS = {
@@ -139,15 +146,18 @@ def as_mutant(module: str, text: str, change: tuple[int, int, int, str]) -> Muta
     return None
 
 
-def draw(module: str, count: int) -> list[Mutant]:
-    """A seeded sample of the faults of a module."""
+def draw(module: str, count: int, listed: Sequence[Mutant] = ()) -> list[Mutant]:
+    """The listed faults of a module that its source still has, and a seeded sample of others up to `count`."""
     text = source_of(module).read_text(encoding="utf-8")
+    kept = [mutant for mutant in listed if mutant.module == module and text.count(mutant.old) == 1][:count]
     found = [as_mutant(module, text, change) for change in candidates(text)]
     unique = {mutant.name: mutant for mutant in found if mutant is not None and _compiles(text, mutant)}
-    # a wrong address reads what is not there: the interpreter dies
-    unique = {name: mutant for name, mutant in unique.items() if "_ptr" not in name and "p_p" not in name}
-    chosen = random.Random(module).sample(sorted(unique), min(count, len(unique)))
-    return [unique[name] for name in chosen]
+    # a wrong address or mask reads what is not there: the interpreter dies
+    address = re.compile(r"_ptr|p_p| in (?:[mpo]_\w+|[ij]) = ")
+    unique = {name: mutant for name, mutant in unique.items() if not address.search(name)}
+    others = sorted(unique.keys() - {mutant.name for mutant in kept})
+    chosen = random.Random(module).sample(others, min(count - len(kept), len(others)))
+    return [*kept, *(unique[name] for name in chosen)]
 
 
 def _compiles(text: str, mutant: Mutant) -> bool:
@@ -158,22 +168,34 @@ def _compiles(text: str, mutant: Mutant) -> bool:
     return True
 
 
-def main() -> int:
-    drawn = [mutant for module, count in DRAWS.items() for mutant in draw(module, count)]
+def main(arguments: Sequence[str]) -> int:
     known = {entry["name"]: entry for entry in json.loads(GENERATED.read_text(encoding="utf-8"))}
-    outcomes = run_all("tests", drawn)
-    entries = []
-    for mutant in drawn:
-        outcome = outcomes[mutant.name]
-        entry = {"name": mutant.name, "module": mutant.module, "old": mutant.old, "new": mutant.new}
-        if not outcome.caught:
-            entry["survives"] = known.get(mutant.name, {}).get("survives", f"not judged yet: {outcome.by[-300:]}")
-        entries.append(entry)
-    GENERATED.write_text(json.dumps(entries, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    caught = sum("survives" not in entry for entry in entries)
-    print(f"{caught} of {len(entries)} caught; the others are in {GENERATED.relative_to(Path(ROOT))}")
+    modules = [name for name in arguments if not name.startswith("--")] or list(DRAWS)
+    fields = ("name", "module", "old", "new")
+    listed = [Mutant(*(entry[name] for name in fields)) for entry in known.values()]
+    for module in modules:
+        drawn = draw(module, DRAWS[module], listed)
+        known = {name: entry for name, entry in known.items() if entry["module"] != module or name in names(drawn)}
+        again = {name for name, entry in known.items() if entry.get("survives", "").startswith(UNJUDGED)}
+        new = [m for m in drawn if m.name not in known or ("--again" in arguments and m.name in again)]
+        for some in (new[i : i + 4] for i in range(0, len(new), 4)):
+            outcomes = run_all("tests", some, control=False)
+            for mutant in some:
+                entry = {"name": mutant.name, "module": mutant.module, "old": mutant.old, "new": mutant.new}
+                outcome = outcomes[mutant.name]
+                entry |= {"by": outcome.by} if outcome.caught else {"survives": f"{UNJUDGED}: {outcome.by[-300:]}"}
+                known[mutant.name] = entry
+            entries = sorted(known.values(), key=lambda entry: list(DRAWS).index(entry["module"]))
+            GENERATED.write_text(json.dumps(entries, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        caught = sum("survives" not in known[mutant.name] for mutant in drawn)
+        print(f"{module}: {caught} of {len(drawn)} caught", flush=True)
+    print(f"the others are in {GENERATED.relative_to(Path(ROOT))}")
     return 0
 
 
+def names(mutants: Sequence[Mutant]) -> set[str]:
+    return {mutant.name for mutant in mutants}
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(sys.argv[1:]))

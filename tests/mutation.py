@@ -1,4 +1,4 @@
-"""A suite that can fail: plausible faults planted one at a time, each of which the tests must catch.
+"""Plausible faults planted one at a time, each of which the tests must catch.
 
     python -m tests.mutation NAME ..   plant some faults, each in a process of its own, and print what sees them
     python -m tests.mutation --report  plant every fault, write tests/MUTANTS.md, also with what `convwave verify` sees
@@ -14,10 +14,12 @@ import json
 import multiprocessing
 import os
 import re
+import signal
 import sys
 import tempfile
 import traceback
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from importlib.abc import MetaPathFinder
 from multiprocessing.pool import ThreadPool
@@ -28,40 +30,41 @@ from typing import Any, NamedTuple
 ROOT = Path(__file__).resolve().parent.parent
 TABLE = ROOT / "tests/MUTANTS.md"
 GENERATED = ROOT / "tests/generated_mutants.json"  # by generate_mutants.py
-SECONDS = 300  # after which a fault is taken to hang
+UNJUDGED = "not judged"
+SECONDS = 150  # of CPU time, after which a fault is taken to hang
+PATIENCE = 3600  # seconds for a process that does not even compute
 
-# Where to look for a fault that MUTANTS.md names no test for: by module, what is likely to see it first, then the rest.
-_FILES = (
-    "per_level graph batches generation sampling runs evaluation equivalence convert data frozen closed_form ops nn "
-    "metrics sweep"
-)
-_FIRST = {
-    "data": "graph batches data frozen",
+# Where to look for a fault that MUTANTS.md names no test for: by the beginning of its module's name, test files,
+# without "test_", what is likely to see it first.
+_FILES = {
+    "data": "graph batches data frozen per_level equivalence distribution",
+    "ops.functional": "ops per_level nn equivalence",
+    "ops.stack": "per_level equivalence kernels ops nn",
+    "ops": "per_level equivalence nn ops closed_form",
+    "kernels": "per_level kernels",
+    "files": "checkpoint runs",
     "runs.metrics": "metrics",
+    "runs": "runs training cli",
+    "cli": "runs sampling cli",
+    "train.loop": "runs training",
+    "train.config": "training cli",
     "train.diagnostics": "metrics",
+    "train": "frozen per_level training closed_form",
     "sweep": "sweep",
-    "train": "per_level frozen",
     "infer.generate": "generation sampling",
-    "infer.score": "evaluation per_level",
-    "convert": "nn convert",
-    "nn": "nn ops per_level frozen",
-    "ops.functional": "ops",
-    "ops.library": "ops",
+    "infer.score": "evaluation per_level training",
+    "convert": "convert nn equivalence",
+    "nn": "nn per_level ops equivalence convert",
 }
-_SLOW = ["tiers_end_at_the_same_losses"]
-_KERNELS = (
-    "tanh numbers_of_rows taps zeros very_many far_from_zero any_strides more_programs widths nobody_asks kernels"
-)
+_ALL = "per_level graph batches generation sampling runs evaluation equivalence convert data frozen closed_form ops nn"
+_SLOW = ["tiers_end_at_the_same_losses", "killed"]
 
 
 def tests_for(module: str) -> list[str]:
     """Arguments of pytest."""
-    if module.startswith("kernels"):
-        return ["tests/test_per_level.py", "tests/test_kernels.py", "-k", " or ".join(_KERNELS.split())]
-    first = next((names for prefix, names in _FIRST.items() if module.startswith(prefix)), "")
-    names = dict.fromkeys([*first.split(), *_FILES.split()])
-    schedules = "tests/test_training.py::test_schedules"
-    return [schedules, *(f"tests/test_{name}.py" for name in names), "-k", f"not ({' or '.join(_SLOW)})"]
+    names = next((names for prefix, names in _FILES.items() if module.startswith(prefix)), _ALL)
+    files = [f"tests/test_{name}.py" for name in names.split()]
+    return ["tests/test_training.py::test_schedules", *files, "-k", f"not ({' or '.join(_SLOW)})"]
 
 
 @dataclass(frozen=True)
@@ -188,8 +191,8 @@ MUTANTS = [
     Mutant(
         "eps forgotten in evaluation",
         "ops.fold",
-        "level.gamma * torch.rsqrt(level.running_var + level.eps)",
-        "level.gamma * torch.rsqrt(level.running_var)",
+        "scale = level.gamma * torch.rsqrt(var + level.eps)",
+        "scale = level.gamma * torch.rsqrt(var)",
     ),
     Mutant(
         "eps forgotten in evaluation with gradients",
@@ -197,13 +200,13 @@ MUTANTS = [
         "rstd = torch.rsqrt(var + level.eps)",
         "rstd = torch.rsqrt(var)",
     ),
-    Mutant("running mean forgotten in evaluation", "ops.fold", "level.beta - level.running_mean * scale", "level.beta"),
+    Mutant("running mean forgotten in evaluation", "ops.fold", "level.beta - mean * scale", "level.beta"),
     Mutant("loss ignores the counts", "ops.functional", "nll * graph.target_counts.to(nll.dtype)", "nll"),
     Mutant(
         "loss ignores the counts of a distinct graph",
         "ops.functional",
-        "nll = counts.to(logits.dtype)",
-        "nll = counts.sign().to(logits.dtype)",
+        "counts = counts.to(logits.dtype)",
+        "counts = counts.sign().to(logits.dtype)",
     ),
     Mutant(
         "loss divided by the rows",
@@ -241,18 +244,24 @@ MUTANTS = [
     Mutant(
         "totals not multiplied", "data.graph", "totals.insert(0, totals[0] * factor)", "totals.insert(0, totals[0])"
     ),
-    Mutant("distinct contexts collide", "data.graph", "key * bound + row", "key * (bound // 2) + row"),
+    Mutant("distinct contexts collide", "data.graph", ".long() * bound + right", ".long() * (bound // 2) + right"),
+    Mutant(
+        "contexts of other blocks are numbered one too high",
+        "data.graph",
+        "torch.searchsorted(unique, block, out_int32=True)",
+        "torch.searchsorted(unique, block, out_int32=True, right=True)",
+    ),
     Mutant(
         "counts ignored in the distinct graph",
         "data.graph",
-        ".index_add_(0, ids, counts)",
-        ".index_add_(0, ids, counts.sign())",
+        "_summed(counts, ids, rows)",
+        "_summed(None, ids, rows)",
     ),
     Mutant(
         "counts ignored in the targets",
         "data.graph",
-        ".index_add_(0, target, counts)",
-        ".index_add_(0, target, counts.sign())",
+        "_summed(counts, target, keys.numel())",
+        "_summed(None, target, keys.numel())",
     ),
     Mutant(
         "a window drawn twice counts once",
@@ -364,8 +373,8 @@ MUTANTS = [
     Mutant(
         "contexts drawn are not weighted",
         "data.batches",
-        "targets = self._targets.index_select(0, kept).mul_(scale[:, None])",
-        "targets = self._targets.index_select(0, kept)",
+        ".index_select(0, entry).mul_(scale.index_select(0, row))",
+        ".index_select(0, entry)",
     ),
     Mutant(
         "contexts that always come are drawn rarely",
@@ -386,7 +395,19 @@ MUTANTS = [
         "2 * matrix.permute(2, 1, 0), 2 * block.norm.bias",
     ),
     Mutant(
-        "inference: the last block cut short", "infer.score", "n = min(rows, N - start)", "n = min(rows, N - start - 1)"
+        "inference: the last block cut short",
+        "infer.score",
+        "part = slice(start, min(start + rows, N))",
+        "part = slice(start, min(start + rows, N - 1))",
+    ),
+    Mutant(
+        "statistics of blocks: their distance forgotten",
+        "ops.level",
+        "other.squares + apart.square() * self.total * share",
+        "other.squares",
+    ),
+    Mutant(
+        "statistics of blocks: means not weighted", "ops.level", "self.mean + apart * share", "self.mean + apart / 2"
     ),
     Mutant(
         "diagnostics of steps that are done again stay",
@@ -771,11 +792,6 @@ MUTANTS += [
     ),
 ]
 
-GENERATED_MUTANTS = [
-    Mutant(*(entry[name] for name in ("name", "module", "old", "new")))
-    for entry in json.loads(GENERATED.read_text(encoding="utf-8"))
-    if "survives" not in entry
-]
 MUTANTS += [
     Mutant(
         "a row that counts nothing may matter",
@@ -810,7 +826,139 @@ MUTANTS += [
         "the norm by itself divides biased", "ops.naive", "(total - 1 if unbiased else total), total", "total, total"
     ),
 ]
-MUTANTS += GENERATED_MUTANTS
+# what a run remembers, which network it keeps, files, sampling, refusals, devices, rows that count nothing
+MUTANTS += [
+    Mutant(
+        "a run forgets where its words are",
+        "runs.folder",
+        "str(Path(name).resolve()) if Path(name).is_file() else None",
+        "None",
+    ),
+    Mutant(
+        "words that have changed are taken for a run's own",
+        "cli.model",
+        "if words.sha256 != source.sha256:",
+        "if False:",
+    ),
+    Mutant(
+        "an extended run goes on in its old schedule",
+        "train.loop",
+        "self.config = replace(self.config, start=done)",
+        "self.config = replace(self.config)",
+    ),
+    Mutant(
+        "a network without a state is overwritten",
+        "train.loop",
+        "if folder is not None and folder.holds_run() and not folder.state.exists():",
+        "if False:",
+    ),
+    Mutant("two runs of one second share a folder", "runs.folder", "path.mkdir()", "path.mkdir(exist_ok=True)"),
+    Mutant(
+        "a file system without locks taken for another process",
+        "runs.folder",
+        "ours = error.errno not in (errno.EWOULDBLOCK, errno.EAGAIN, errno.EACCES)",
+        "ours = False",
+    ),
+    Mutant("left-overs of others are removed", "runs.folder", "if ours.fullmatch(file.name):", "if True:"),
+    Mutant("names of the test split not marked", "cli.model", "reversed(Splits._fields)", '("val", "train")'),
+    Mutant(
+        "an extended run is sampled from its older network",
+        "cli.model",
+        "(model.exists() and not _is_extended(path))",
+        "model.exists()",
+    ),
+    Mutant("fine-tuning begins at random", "train.loop", "self.run.begin_with(init.state_dict())", "pass"),
+    Mutant(
+        "the worst network is kept", "train.loop", "better = all(loss < point.loss", "better = all(loss > point.loss"
+    ),
+    Mutant("the best network is kept and not used", "train.loop", "self.model.load_state_dict(self.best)", "pass"),
+    Mutant("steps do not follow the data", "train.config", "max(0.025, len(corpus.words) / _NAMES_TXT_WORDS)", "1.0"),
+    Mutant("the post's data has defaults of its own forgotten", "train.config", "if corpus.is_names_txt:", "if False:"),
+    Mutant("the checksum is not compared", "files", "if kept != checksum:", "if False:"),
+    Mutant(
+        "a damaged key hides the checksum",
+        "files",
+        "text.get(_CHECKSUM) or next((value for value in text.values() if value.startswith('\"sha256:')), checksum)",
+        "text.get(_CHECKSUM, checksum)",
+    ),
+    Mutant(
+        "a negative variance is loaded",
+        "nn",
+        'if kind in ("running_var", "num_batches_tracked") and bool((tensor < 0).any()):',
+        "if False:",
+    ),
+    Mutant(
+        "shapes of a model file are not compared first",
+        "nn",
+        "    check_shapes(shapes, vocab_size, n_embd, widths, factors)\n",
+        "    pass\n",
+    ),
+    Mutant(
+        "shapes of a state are not compared first",
+        "train.loop",
+        "check_network(folder, state, self.config, self.vocabulary)",
+        "pass",
+    ),
+    Mutant(
+        "moments of another shape are taken",
+        "train.setup",
+        "if (value.shape, value.dtype) != (like.shape, like.dtype):",
+        "if False:",
+    ),
+    Mutant(
+        "a state of NaN is called good",
+        "runs.folder",
+        "(tensor.element_size() == 1 or not bool(tensor.isfinite().all()))",
+        "tensor.element_size() == 1",
+    ),
+    Mutant(
+        "names without a seed are the same each time",
+        "cli.model",
+        "secrets.randbelow(2**32) if args.seed is None else args.seed",
+        "args.seed or 0",
+    ),
+    Mutant("another seed is printed than was used", "cli.model", "--seed {seed} draws", "--seed {seed + 1} draws"),
+    Mutant("unique names repeat", "infer.generate", "not (unique and name in seen)", "True"),
+    Mutant("names of the data are taken for new", "infer.generate", "name not in exclude and ", ""),
+    Mutant(
+        "a rate is printed for a handful of names", "cli.model", 'if len(names) >= _MANY else ""', 'if names else ""'
+    ),
+    Mutant("no memory is a traceback", "cli.main", 'return _fail("out of memory", 2)', "raise"),
+    Mutant("an empty path is the folder here", "cli.main", 'if not text or "\\0" in text:', 'if "\\0" in text:'),
+    Mutant("a seed has no upper bound", "train.config", "if self.seed >= 2**64:", "if False:"),
+    Mutant("(C, T) is read as rows", "nn", "return self(h[None])[0]", "pass"),
+    Mutant(
+        "a level takes (C, T) for rows",
+        "ops.functional",
+        'if x.ndim == 2 and layout == "BCT" and taps is None and cu_seqlens is None:',
+        "if False:",
+    ),
+    Mutant(
+        "a new network is made on the default device",
+        "train.setup",
+        "with torch.random.fork_rng(devices=[]), on_device():",
+        "with torch.random.fork_rng(devices=[]):",
+    ),
+    Mutant("uncounted windows reach the gradients", "nn", "if counted and not graph.all_count:", "if False:"),
+    Mutant(
+        "uncounted rows reach the loss's gradient",
+        "ops.functional",
+        "if not graph.all_count:  # what",
+        "if False:  # what",
+    ),
+    Mutant("numbers of uncounted rows overflow", "ops.functional", "(x.abs() <= most)", "x.isfinite()"),
+    Mutant("all rows are said to count", "data.graph", "all_count = bool((counts > 0).all())", "all_count = True"),
+]
+
+
+def generated() -> list[Mutant]:
+    """The faults that `generate_mutants.py` has drawn and a test has seen."""
+    entries = json.loads(GENERATED.read_text(encoding="utf-8"))
+    fields = ("name", "module", "old", "new")
+    return [Mutant(*(entry[name] for name in fields)) for entry in entries if "survives" not in entry]
+
+
+IN_SUITE = [*MUTANTS, *generated()[::6]]  # of the generated ones every sixth: all take minutes
 
 # No fault at all: the tests must pass with it, or what they say of the others means nothing.
 CONTROL = Mutant("no fault", "ops.naive", "total - 1 if unbiased", "total - 1 if unbiased")
@@ -852,17 +1000,18 @@ class Outcome(NamedTuple):
     by: str  # the first test that failed, or what went wrong with the experiment
 
 
-def run_all(mode: str = "tests", mutants: Sequence[Mutant] = MUTANTS) -> dict[str, Outcome]:
+def run_all(mode: str = "tests", mutants: Sequence[Mutant] = IN_SUITE, control: bool = True) -> dict[str, Outcome]:
     """Every fault in a process of its own, two at a time, and the control first.
 
     Args:
         mode: "tests", or "verify" for what `convwave verify` sees.
         mutants: the faults.
+        control: also all tests that are known to catch something, without a fault.
     """
     context = multiprocessing.get_context("forkserver" if hasattr(os, "fork") else "spawn")
     if hasattr(os, "fork"):  # half of what a process costs is importing these
         context.set_forkserver_preload(["torch", "torch._dynamo", "hypothesis", "pytest"])
-    planted = [CONTROL, *mutants]
+    planted = [*([CONTROL] if control else []), *mutants]
     with ThreadPool(2) as pool:
         outcomes = pool.map(lambda mutant: _apart(context, mutant, mode), planted, chunksize=1)
     return {m.name: outcome for m, outcome in zip(planted, outcomes, strict=True)}
@@ -879,9 +1028,11 @@ def _apart(context: Any, mutant: Mutant, mode: str) -> Outcome:
     process.start()
     theirs.close()
     try:
-        return ours.recv() if ours.poll(SECONDS) else Outcome(False, f"hangs: no end after {SECONDS} s")
+        return ours.recv() if ours.poll(PATIENCE) else Outcome(False, f"hangs: no end after {PATIENCE} s")
     except EOFError:
-        return Outcome(False, "dies")
+        process.join()
+        hangs = hasattr(signal, "SIGXCPU") and process.exitcode == -signal.SIGXCPU
+        return Outcome(False, f"hangs: no end after {SECONDS} s of computing" if hangs else "dies")
     finally:
         process.kill()
         process.join()
@@ -891,6 +1042,10 @@ def _run(mutant: Mutant, mode: str, result: Any) -> None:
     """In the process that is to have the fault."""
     import torch
 
+    with suppress(ImportError):  # Windows
+        import resource
+
+        resource.setrlimit(resource.RLIMIT_CPU, (SECONDS, resource.RLIM_INFINITY))
     torch.set_num_threads(1)
     os.environ["CONVWAVE_MUTATION"] = "1"
     sys.dont_write_bytecode = True
@@ -936,26 +1091,30 @@ def _test(mutant: Mutant) -> int:
 
 def report() -> str:
     """The table of MUTANTS.md."""
-    tests, verify = run_all("tests"), run_all("verify")
+    everything = [*MUTANTS, *generated()]
+    tests, verify = run_all("tests", everything), run_all("verify", MUTANTS)
     assert not tests.pop(CONTROL.name).caught, "the tests fail without a fault"
     assert not verify.pop(CONTROL.name).caught, "verify fails without a fault"
     lines = [
         "# Planted faults",
         "",
-        "`make test` plants each of these faults, one at a time, and requires a test to fail. The last column says",
-        "whether `convwave verify` alone, in small, sees it too; it looks at a network, not at reading or sampling.",
-        "Made by `python -m tests.mutation --report`.",
+        "Each of these faults was planted, one at a time, and a test failed. `make test` plants those chosen by hand",
+        "and every sixth of those that `python -m tests.generate_mutants` drew, whose names begin with their module.",
+        "The last column says whether `convwave verify` alone, in small, sees a fault too; it looks at a network, not",
+        "at files, reading or sampling. Made by `python -m tests.mutation --report`.",
         "",
-        f"Caught by the tests: {sum(o.caught for o in tests.values())} of {len(MUTANTS)}. "
+        f"Caught by the tests: {sum(o.caught for o in tests.values())} of {len(everything)}, "
+        f"{len(everything) - len(MUTANTS)} of them generated. "
         f"Seen by verify: {sum(o.caught for o in verify.values())} of {len(MUTANTS)}.",
         "",
         "| fault | module | first test that fails | first check of verify that fails |",
         "|---|---|---|---|",
     ]
-    for mutant in MUTANTS:
+    for mutant in everything:
         assert tests[mutant.name].caught or tests[mutant.name].by == "survived", tests[mutant.name].by
         by = tests[mutant.name].by.removeprefix("tests/")
-        seen = verify[mutant.name].by if verify[mutant.name].caught else "-"
+        outcome = verify.get(mutant.name)
+        seen = "not tried" if outcome is None else outcome.by if outcome.caught else "-"
         lines.append(f"| {mutant.name} | {mutant.module} | `{by}` | {seen} |")
     survivors = [entry for entry in json.loads(GENERATED.read_text(encoding="utf-8")) if "survives" in entry]
     lines += ["", "Generated by `python -m tests.generate_mutants` and seen by no test, and why each is no fault:", ""]
@@ -992,7 +1151,7 @@ def main(arguments: Sequence[str]) -> int:
     if arguments[0] == "--report":
         TABLE.write_text(report(), encoding="utf-8")
         return 0
-    print(run_all("tests", [mutant for mutant in MUTANTS if mutant.name in arguments]))
+    print(run_all("tests", [mutant for mutant in [*MUTANTS, *generated()] if mutant.name in arguments]))
     return 0
 
 

@@ -7,6 +7,7 @@ import random
 
 import pytest
 import torch
+from torch.utils._pytree import tree_flatten
 
 import convwave as cw
 from convwave import reference
@@ -31,24 +32,45 @@ def test_contexts_whose_keys_pass_64_bits_stay_apart(symbols: int, factors: tupl
     assert float(graph.weights[-1].sum()) == len(packed)
 
 
-def test_numbering_columns_beyond_64_bits(monkeypatch: pytest.MonkeyPatch) -> None:
-    """`_distinct` itself, with ids as far apart as its bound allows: it must renumber on the way, more than once."""
+@pytest.mark.parametrize("block", [2**20, 128])
+def test_numbering_columns_beyond_64_bits(block: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`_distinct_columns` itself, with ids as far apart as its bound allows: it must renumber on the way."""
     generator = torch.Generator().manual_seed(0)
     calls = []
-    unique = torch.unique
-    monkeypatch.setattr(torch, "unique", lambda *args, **options: calls.append(1) or unique(*args, **options))
+    number = graphs.distinct_keys
+    monkeypatch.setattr(graphs, "distinct_keys", lambda *args: calls.append(1) or number(*args))
+    monkeypatch.setattr(graphs, "_BLOCK", block)
     for bound, k in ((2**31, 5), (2**40, 4), (3, 60)):
         values = torch.randint(0, bound, (k, 300), generator=generator)
         columns = values[:, torch.randint(0, 300, (900,), generator=generator)]
         calls.clear()
-        ids, count, first = graphs._distinct(columns, bound)
+        count, ids = graphs._distinct_columns([row.__getitem__ for row in columns], 900, bound)
         assert len(calls) > 1, "the branch was reached"
-        expected, inverse = unique(columns, dim=1, return_inverse=True)
+        expected, inverse = torch.unique(columns, dim=1, return_inverse=True)
         assert count == expected.shape[1]
         pairs = set(zip(ids.tolist(), inverse.tolist(), strict=True))
         assert len(pairs) == count, "one number for each column, and one column for each number"
-        assert torch.equal(columns[:, first][:, ids], columns)
-        assert first.tolist() == [ids.tolist().index(i) for i in range(count)]
+
+
+@pytest.mark.parametrize("factors", [(2, 2, 2), (4, 2), (3,), (2, 2, 2, 2, 2)])
+@pytest.mark.parametrize("counted", [False, True])
+def test_a_graph_made_in_blocks_is_the_same_graph(factors, counted: bool, packed: cw.Packed, monkeypatch) -> None:
+    """Every tensor, whatever the blocks; a table and a sort number keys alike."""
+    counts = torch.rand(len(packed), dtype=torch.float64).mul_(4).floor_() if counted else None
+    whole = cw.distinct_graph(packed, counts=counts, factors=factors)
+    for block in (1, 37, len(packed) - 1):
+        monkeypatch.setattr(graphs, "_BLOCK", block)
+        leaves, expected = (tree_flatten(g) for g in (cw.distinct_graph(packed, counts=counts, factors=factors), whole))
+        assert leaves[1] == expected[1]
+        assert all(torch.equal(a, b) for a, b in zip(leaves[0], expected[0], strict=True))
+        monkeypatch.undo()
+
+
+def test_a_table_numbers_keys_as_a_sort_does() -> None:
+    keys = torch.randint(0, 40, (400,), generator=torch.Generator().manual_seed(0)) ** 2
+    table, tree = graphs._unique(keys, 1600), graphs._unique(keys, 2**62)
+    assert torch.equal(table[0], tree[0])
+    assert torch.equal(table[1], tree[1])
 
 
 @pytest.mark.parametrize("make", GRAPHS)

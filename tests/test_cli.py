@@ -20,6 +20,8 @@ import torch
 import convwave as cw
 from convwave import cli
 from convwave.data import words as data
+from convwave.files import read_tensors, write_tensors
+from convwave.runs.folder import STATE_FILE, STATE_FORMAT
 
 
 @pytest.fixture(scope="module")
@@ -195,6 +197,12 @@ def test_another_text_than_the_model_was_trained_on_is_said(trained: Path, few: 
         assert last_json(captured.out)["trained_on_this_data"] is True
 
 
+def test_no_rate_is_printed_for_a_handful_of_names(trained: Path, few: Path, capsys) -> None:
+    for count, rated in ((5, False), (1000, True)):
+        assert cli.main(["sample", str(trained), "-n", str(count), "--max-length", "5", "--data", str(few)]) == 0
+        assert ("/s)" in capsys.readouterr().err) == rated
+
+
 def test_no_names_are_no_lines(trained: Path, few: Path, capsys) -> None:
     assert cli.main(["sample", str(trained), "-n", "0", "--data", str(few)]) == 0
     assert capsys.readouterr().out == ""
@@ -299,7 +307,7 @@ def test_refusals(trained: Path, few: Path, tmp_path: Path, capsys) -> None:
 
 
 def test_a_run_remembers_its_words(trained: Path, few: Path, tmp_path: Path, capsys) -> None:
-    """No --data: every command takes the run's own, says so where they are gone, and goes on with the default."""
+    """No --data: every command takes the run's own, says so where they are gone, and continues with the default."""
     run = tmp_path / "run"
     shutil.copytree(trained, run)
     data = tmp_path / "words.txt"
@@ -504,10 +512,33 @@ def test_numbers_out_of_range_are_one_short_line(option: str, value: str, few: P
     assert len(line) < 400
 
 
-def test_sizes_beyond_memory_are_refused_before_it_is_full(few: Path, capsys) -> None:
-    for options in (["--n-hidden", "1000000"], ["--n-embd", "2000000000"], ["--batch", "2000000000"]):
-        assert "GB of memory" in refused(["train", *options, "--data", str(few)], capsys)
-    assert "GB of memory" in refused(["train", "--set", f"n_hidden={2**40}", "--data", str(few)], capsys)
+@pytest.mark.parametrize("how", ["options", "set", "toml", "state"])
+@pytest.mark.parametrize(
+    "sizes", [{"n_hidden": 2**30}, {"n_embd": 2**31 - 1}, {"n_hidden": 2**14, "batch": 2**31 - 1}], ids=str
+)
+def test_sizes_beyond_memory_are_refused_wherever_they_are_written(
+    sizes: dict[str, int], how: str, few: Path, tmp_path: Path, capsys
+) -> None:
+    """By options, by --set, by a recipe in a file, and in the state of a run."""
+    fields = [f"{name}={value}" for name, value in sizes.items()]
+    if how == "options":
+        arguments = [f"--{field.replace('_', '-')}" for field in fields]
+    elif how == "set":
+        arguments = [f"--set={field}" for field in fields]
+    elif how == "toml":
+        recipe = tmp_path / "large.toml"
+        recipe.write_text("\n".join(['base = "fast"', *fields]))
+        arguments = ["--recipe", str(recipe)]
+    else:
+        arguments = ["--resume", "--out", str(tmp_path)]
+        small = ["--steps", "1", "--n-hidden", "4", "--n-embd", "2", "--batch", "8"]
+        assert cli.main(["train", *arguments, *small, "--data", str(few)]) == 0
+        tensors, metadata = read_tensors(tmp_path / STATE_FILE, STATE_FORMAT)
+        metadata["config"] |= sizes
+        write_tensors(tmp_path / STATE_FILE, tensors, metadata)
+        capsys.readouterr()
+    line = refused(["train", *arguments, "--data", str(few)], capsys)
+    assert re.search(r"(n_embd, n_hidden, levels|batch): needs at least [\d,]+ GB of memory", line)
 
 
 @pytest.mark.parametrize(
@@ -676,7 +707,7 @@ def test_what_needs_no_torch_imports_none(arguments: list[str]) -> None:
 
 
 def test_bench_is_a_child_process_of_the_checkout(tmp_path: Path, capfd, monkeypatch) -> None:
-    """What the checkout's benchmarks get and give back, whatever lies where the user stands."""
+    """What `convwave bench` passes on and returns, whatever is in the current folder."""
     package = tmp_path / "checkout/convwave/cli/main.py"
     benchmarks = tmp_path / "checkout/benchmarks"
     benchmarks.mkdir(parents=True)

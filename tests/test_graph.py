@@ -113,7 +113,7 @@ def test_selected_windows_are_the_drawn_ones(ids: list[list[int]], data) -> None
 
 
 def test_node_counts_of_names_txt(names_txt: cw.Words) -> None:
-    """DESIGN.md 1.3: 595 / 20,243 / 50,457 distinct contexts of 182,625 positions in the training split."""
+    """595 / 20,243 / 50,457 distinct contexts of 182,625 positions in the training split."""
     splits = cw.split_words(names_txt.words)
     packed = cw.pack(splits.train, cw.Vocabulary.from_words(names_txt.words))
     graph = cw.distinct_graph(packed)
@@ -127,6 +127,9 @@ def test_left_and_right_of_the_dense_graph() -> None:
     assert graph.left[0].tolist() == [0, 0, 1, 2, 4, 5, 5]
     assert graph.left[1].tolist() == [0, 0, 0, 1, 4, 5, 5]
     assert all(right.tolist() == list(range(7)) for right in graph.right)
+    fours = cw.dense_graph(cw.pack_ids([[1, 2, 3], [4, 5]]), factors=(4, 2))
+    assert fours.left[0].tolist() == [0, 0, 0, 0, 4, 4, 4]
+    assert all(right.tolist() == list(range(7)) for right in fours.right)
 
 
 def test_a_context_of_4096_tokens() -> None:

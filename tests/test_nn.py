@@ -1,21 +1,30 @@
-"""Modules as citizens of torch.nn: torch's own inputs, state, tools and sizes."""
+"""Modules behave as torch.nn's do: torch's own inputs, state, tools and sizes."""
 
 from __future__ import annotations
 
 import copy
 import itertools
+import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
+from torch.utils._device import _device_constructors
 
 import convwave as cw
 from convwave import reference
-from tests.helpers import disturb, relative_error
+from convwave.train.config import Config
+from convwave.train.loop import train
+from convwave.train.recipes import RECIPES
+from convwave.train.tiers import available_tiers, begin
+from convwave.verify.certificate import verify
+from tests.helpers import GRAPHS, disturb, relative_error
 
 DEVICE = "cpu"
 
@@ -70,6 +79,63 @@ def test_the_convolution_by_itself_is_a_left_padded_conv1d(
     y = ours(x if layout == "BCT" else x.transpose(1, 2))
     expected = theirs(F.pad(x, ((kernel_size - 1) * dilation, 0)))
     torch.testing.assert_close(y if layout == "BCT" else y.transpose(1, 2), expected)
+
+
+# arguments of nn.Conv1d that a causal convolution cannot have, and how they are refused
+NO_CAUSAL_ARGUMENTS = [
+    ({"stride": 2}, "stride"),  # every position has an output, so that levels can be stacked and rows packed
+    ({"padding": 1}, "padding: expected 'replicate' or 'zeros', got 1"),  # what precedes a sequence, always k - 1 taps
+    ({"padding": "same"}, "padding: expected 'replicate' or 'zeros', got 'same'"),  # "same" reads what is to come
+    ({"padding": "valid"}, "padding: expected 'replicate' or 'zeros', got 'valid'"),  # would have fewer positions
+    ({"groups": 2}, "groups"),  # one matrix per tap, in kernels too
+    ({"padding_mode": "circular"}, "padding_mode"),  # the end of a sequence, which is to come, before its beginning
+    ({"kernel_size": (3,)}, r"kernel_size: expected a whole number, got \(3,\)"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "message"), NO_CAUSAL_ARGUMENTS)
+def test_arguments_that_no_causal_convolution_has_are_refused(arguments: dict, message: str) -> None:
+    nn.Conv1d(**{"in_channels": 4, "out_channels": 6, "kernel_size": 3, **arguments})
+    with pytest.raises((TypeError, ValueError), match=message) as refusal:
+        cw.nn.CausalConv1d(**{"in_channels": 4, "out_channels": 6, "kernel_size": 3, **arguments})
+    assert "\n" not in str(refusal.value)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_the_convolution_with_torchs_own_inputs(training: bool) -> None:
+    """(B, C, T) and (C, T) with torch's arguments; "same" padding is refused above."""
+    results = []
+    for case in inputs_of("nn.Conv1d", training):
+        arguments, options = case.constructor_input.args, dict(case.constructor_input.kwargs)
+        if options.get("padding") == "same":
+            with pytest.raises(ValueError, match="padding: expected 'replicate' or 'zeros', got 'same'"):
+                cw.nn.CausalConv1d(*arguments, **options)
+            continue
+        theirs = nn.Conv1d(*arguments, **options, dtype=torch.float64).train(training)
+        options = {"bias": True, "padding": "zeros", "layout": "BCT", "dtype": torch.float64} | options
+        ours = cw.nn.CausalConv1d(*arguments, **options).train(training)
+        ours.load_state_dict(theirs.state_dict())
+        (given,) = case.forward_input.args
+        weight = torch.randn(given.shape[-1], dtype=torch.float64)
+        found = []
+        for module, pad in ((ours, 0), (theirs, theirs.kernel_size[0] - 1)):
+            x = given.detach().clone().requires_grad_()
+            y = module(F.pad(x, (pad, 0)))
+            (y * weight).sum().backward()
+            found.append([y, x.grad, *(p.grad for p in module.parameters())])
+        for got, expected in zip(*found, strict=True):
+            torch.testing.assert_close(got, expected, rtol=1e-12, atol=1e-12)
+        results.append(given.ndim)
+    assert set(results) == {2, 3}
+
+
+def test_channels_and_positions_are_not_guessed() -> None:
+    """A square (C, T): nn.Conv1d's reading for the convolution, a refusal where BatchNorm's reading would differ."""
+    x = torch.randn(4, 4)
+    conv = cw.nn.CausalConv1d(4, 6, padding="zeros", layout="BCT")
+    torch.testing.assert_close(conv(x), F.conv1d(F.pad(x, (1, 0)), conv.weight))
+    with pytest.raises(ValueError, match=r"x: expected \(B, C, T\), or rows .* got \(4, 4\)"):
+        cw.nn.ConvBatchNormTanh(4, 6, layout="BCT")(x)
 
 
 @pytest.mark.parametrize("padding", ["replicate", "zeros"])
@@ -173,7 +239,7 @@ class BatchNorm1d(reference.BatchNorm1d):
 
 
 class Notebook:
-    """A network of classes of one's own."""
+    """A network of the user's own classes."""
 
     def __init__(self, layers: list) -> None:
         self.layers = layers
@@ -224,6 +290,88 @@ def test_the_whole_network_exports() -> None:
         torch.export.save(program, file.name)
         again = torch.export.load(file.name)
     torch.testing.assert_close(again.module()(graph), net(graph))
+
+
+class NoDefaultDevice(TorchFunctionMode):
+    """Fails where the library makes a tensor without saying on which device."""
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        caller = str(sys._getframe(1).f_globals["__name__"])
+        if function in _device_constructors() and caller.startswith("convwave."):
+            assert "device" in (kwargs or {}), f"{function.__name__} in {caller}"
+        return function(*args, **(kwargs or {}))
+
+
+def what_the_library_does(folder: Path) -> list:
+    """Data, graphs, networks, conversions, files, training, evaluation, sampling: everything on the CPU."""
+    folder.mkdir(exist_ok=True)
+    words = cw.Words(["anna", "bob", "carla", "dora", "eve", "bea"] * 5, "some words", "0" * 64, 0)
+    corpus = cw.Corpus(words)
+    vocabulary, packed = corpus.vocabulary, corpus.train
+    results: list = [packed.tokens, packed.targets, packed.cu_seqlens]
+    mlp = reference.HierarchicalMLP(len(vocabulary), 3, 5)
+    net = cw.from_windowed(mlp)
+    net.vocabulary = vocabulary
+    net.save(folder / "m.safetensors")
+    net = cw.load(folder / "m.safetensors").train()
+    counts = torch.arange(len(packed), device="cpu") % 3
+    for make in GRAPHS:
+        graph = make(packed, counts=counts)
+        loss = cw.loss(net(graph), graph)
+        loss.backward()
+        results += [loss.detach(), *(p.grad for p in net.parameters())]
+    results += cw.to_windowed(net).parameters()
+    biased = cw.from_windowed(cw.to_windowed(net))
+    for norm in (block.norm for block in biased.layers):
+        norm.unbiased = False
+    results += cw.from_windowed(cw.to_torch(biased)).state_dict().values()
+    with torch.device("cpu"):
+        torch.manual_seed(0)
+        stacks = [disturb(cw.nn.ConvStack([3, 4, 5], backend=backend), 0) for backend in cw.available_backends()]
+        x, mask = torch.linspace(-1, 1, 21).view(7, 3), torch.tensor([1, 0, 2, 1, 1, 1, 0])
+        cu_seqlens = torch.tensor([0, 3, 7])
+    for stack in stacks:
+        y = stack(x, mask, cu_seqlens=cu_seqlens)
+        y.sum().backward()
+        results += [y.detach(), *(p.grad for p in stack.parameters()), stack(x[None], mask[None]).detach()]
+        results += [stack.eval()(x).detach(), *stack.buffers()]
+    for recipe in RECIPES:
+        for tier in available_tiers(recipe=recipe):
+            config = Config.make(recipe=recipe, steps=2, n_hidden=4, levels=2, tier=tier, keep="best")
+            results += begin(config, corpus.train, vocabulary).model().state_dict().values()
+            results += train(config, words).model.state_dict().values()
+    out = folder / "run"
+    for steps in (2, 3):
+        config = Config.make(recipe="fast", steps=steps, n_hidden=4, levels=2)
+        results += train(config, words, out, resume=True).model.state_dict().values()
+    results += train(Config.make("mlp3", steps=2), words).model.state_dict().values()
+    names = cw.sample(net, 5, seed=3, max_length=6)
+    checks = verify(net, corpus.splits, vocabulary, trajectory_steps=2)
+    results += [torch.tensor(check.max_abs_error, device="cpu") for check in checks]
+    return [*results, cw.pack(names, vocabulary).tokens]
+
+
+def test_another_default_device_changes_nothing_but_new_modules(tmp_path: Path) -> None:
+    """A default device "meta" holds no numbers: whatever is made there by mistake shows."""
+    expected = what_the_library_does(tmp_path / "cpu")
+    before = torch.get_default_device()
+    torch.set_default_device("meta")
+    try:
+        results = what_the_library_does(tmp_path / "meta")
+        made = [cw.ConvWave(5, 3, 6), cw.nn.ConvStack([3, 4]), cw.nn.CausalConv1d(3, 4, bias=True)]
+        assert {t.device.type for module in made for t in module.state_dict().values()} == {"meta"}
+        graph = cw.dense_graph(cw.pack_ids([[1, 2], [3]]))
+        assert made[0](graph.to("meta")).shape == (5, 5)
+        assert {block.conv.weight.device.type for block in cw.load(tmp_path / "meta/m.safetensors").layers} == {"cpu"}
+    finally:
+        torch.set_default_device(before)
+    for ours, theirs in zip(results, expected, strict=True):
+        assert torch.equal(ours, theirs)
+
+
+def test_every_new_tensor_says_on_which_device(tmp_path: Path) -> None:
+    with NoDefaultDevice():
+        what_the_library_does(tmp_path)
 
 
 def test_every_public_name_of_nn_exists() -> None:

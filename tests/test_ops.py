@@ -1,4 +1,4 @@
-"""The op boundary: the same function through every door, and errors that name the argument.
+"""The op boundary: the same function whichever way it is called, and errors that name the argument.
 
 The kernels run in triton's interpreter here (conftest.py), compiled where there is a CUDA device.
 """
@@ -10,7 +10,8 @@ import importlib.util
 import itertools
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import pytest
 import torch
@@ -20,6 +21,7 @@ from torch.nn.utils import prune
 
 import convwave as cw
 from convwave.data.graph import Rows
+from convwave.data.packing import Splits
 from convwave.ops import conv_stack, library, naive
 from convwave.ops.level import Level
 from tests.helpers import disturb
@@ -143,7 +145,7 @@ def test_first_and_second_derivatives_by_finite_differences(graph: cw.Graph, tra
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_second_derivatives_in_float32_are_the_definitions(graph: cw.Graph, backend: str) -> None:
-    """A gradient penalty through the kernels too: the kernels' backward pass is not asked, the definition is."""
+    """A gradient penalty through the kernels too: its second pass is the definition's, not the kernels'."""
     results = []
     for dtype, chosen in ((torch.float64, None), (torch.float32, backend)):
         stack = [level._replace(weight=level.weight.to(dtype)) for level in levels(torch.float64, True)]
@@ -231,7 +233,7 @@ def test_a_training_step_and_evaluation_of_the_network(make: object, statistics:
         torch.testing.assert_close(ours.grad, theirs.grad, rtol=SINGLE, atol=SINGLE, msg=lambda m, n=name: f"{n}: {m}")
     for (name, ours), theirs in zip(fused.named_buffers(), plain.buffers(), strict=True):
         torch.testing.assert_close(ours, theirs, rtol=SINGLE, atol=SINGLE, msg=lambda m, n=name: f"{n}: {m}")
-    for differentiable in (True, False):  # gradients in evaluation mode take another road than inference
+    for differentiable in (True, False):  # gradients in evaluation mode take another path than inference
         with torch.set_grad_enabled(differentiable):
             torch.testing.assert_close(fused.eval()(graph), plain.eval()(graph), rtol=SINGLE, atol=SINGLE)
 
@@ -522,16 +524,61 @@ def test_a_row_that_counts_nothing_matters_nothing(backend: str) -> None:
     mask[1, 4:] = 0
     base = cw.nn.ConvBatchNormTanh(4, 6, dilation=2, backend=backend).to(DEVICE)
     results = []
-    for filling in (0.0, float("nan"), float("inf")):
+    for filling in (0.0, float("nan"), float("inf"), 3e38):
         layer, given = copy.deepcopy(base), x.clone()
         given[1, 4:] = filling
         given.requires_grad_()
         h = layer(given, weights=mask)
         (h * mask[..., None] * torch.arange(6, device=DEVICE)).sum().backward()
         results.append([h[mask > 0], given.grad[mask > 0], *(p.grad for p in layer.parameters()), *layer.buffers()])
+    counted = x.clone()
+    counted[0, 0] = float("nan")  # the first row of all does count
+    assert copy.deepcopy(base)(counted, weights=mask)[mask > 0].isnan().all()
     for other in results[1:]:
         for ours, expected in zip(other, results[0], strict=True):
             assert torch.equal(ours, expected)
+
+
+@pytest.mark.parametrize("make", GRAPHS)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_windows_that_count_nothing_matter_nothing(backend: str, make: Callable[..., cw.Graph]) -> None:
+    """A token that only uncounted windows read may have any embedding: loss, statistics and gradients are the same."""
+    packed = cw.pack_ids([[1, 2, 3, 1], [2, 4, 2], [3, 3], []]).to(DEVICE)
+    counts = torch.tensor([2, 1, 1, 3, 1, 0, 0, 0, 0, 2, 1, 1, 1], device=DEVICE)  # the second word's letters do not
+    torch.manual_seed(0)
+    base = cw.ConvWave(5, 3, [6, 4, 5], backend=backend).to(DEVICE)
+    results = []
+    for filling in (0.0, float("nan"), float("inf"), 3e38):
+        net, graph = copy.deepcopy(base), make(packed, counts=counts)
+        with torch.no_grad():
+            net.embedding.weight[4] = filling
+        loss = cw.loss(net(graph), graph)
+        loss.backward()
+        results.append([loss, *(p.grad for p in net.parameters()), *net.buffers()])
+    assert results[0][1][:4].abs().sum() > 0
+    for other in results[1:]:
+        for ours, expected in zip(other, results[0], strict=True):
+            assert torch.equal(ours, expected)
+
+
+def test_what_an_uncounted_row_predicts_does_not_matter() -> None:
+    """Logits of its own, and a token that is impossible and never occurs."""
+    packed = cw.pack_ids([[1, 2], [2]])
+    for make in GRAPHS:
+        graph = make(packed, counts=torch.tensor([1, 2, 1, 1, 0]))
+        uncounted = int((graph.weights[-1] == 0).nonzero()[0])
+        results = []
+        for filling in (0.0, float("nan"), float("inf")):
+            logits = torch.linspace(-1, 1, 4).repeat(graph.num_rows, 1)
+            logits[:, 3] = float("-inf")
+            logits[uncounted] = filling
+            logits.requires_grad_()
+            loss = cw.loss(logits, graph)
+            loss.backward()
+            assert loss.isfinite()
+            results.append(logits.grad)
+        assert results[0].isfinite().all()
+        assert all(torch.equal(other, results[0]) for other in results[1:])
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -571,3 +618,39 @@ def test_batch_norm_is_torchs_own() -> None:
     large = (torch.randn(100_000, 7) + 3).half()
     assert half(large).isfinite().all()
     torch.testing.assert_close(half.running_mean, 0.1 * large.float().mean(0), rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_stack_with_a_mask_compiles_whole(backend: str) -> None:
+    """Every level has the same counts."""
+    torch.manual_seed(0)
+    stack = cw.nn.ConvStack([4, 6, 5], backend=backend).to(DEVICE)
+    compiled = torch.compile(copy.deepcopy(stack), fullgraph=True, backend="aot_eager")
+    x, mask = torch.randn(2, 9, 4, device=DEVICE), torch.ones(2, 9, device=DEVICE)
+    mask[1, 5:] = 0
+    for module in (stack, compiled):
+        module(x, mask).square().sum().backward()
+    for ours, expected in zip(compiled.parameters(), stack.parameters(), strict=True):
+        torch.testing.assert_close(ours.grad, expected.grad, rtol=SINGLE, atol=SINGLE)
+
+
+def test_what_a_norm_does_not_have_is_said(tmp_path: Path) -> None:
+    """In files, conversions, generation and evaluation."""
+    vocabulary = cw.Vocabulary(".abcd")
+    for options in ({"affine": False}, {"bias": False}, {"track_running_stats": False}):
+        net = cw.ConvWave(5, 3, 6, levels=2, vocabulary=vocabulary)
+        net.layers[1].norm = cw.nn.BatchNorm(6, **options)
+        with pytest.raises(ValueError, match=r"model: expected the tensors of a .* blocks\.1\.norm\.\w+ differs"):
+            net.save(tmp_path / "m.safetensors")
+        assert not (tmp_path / "m.safetensors").exists()
+        with pytest.raises(cw.ConversionError, match="norm: expected affine parameters and running statistics"):
+            cw.to_windowed(net)
+        if "track_running_stats" not in options:
+            cw.sample(net, 2)
+            continue
+        for use in (
+            lambda net=net: cw.sample(net, 2),
+            lambda net=net: cw.EvaluationSet(Splits(["ab"], ["b"], ["a"]), vocabulary, (2, 2)).losses(net),
+        ):
+            with pytest.raises(ValueError, match="norm: expected running statistics, got one with"):
+                use()

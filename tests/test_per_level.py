@@ -1,6 +1,6 @@
 """Widths, eps, momentum, kind of variance and mode that differ from level to level, in everything that reads them.
 
-Where all levels are alike, taking one level's value for another's is not seen. The expected values are written down
+Where all levels are alike, taking one level's value for another's goes unnoticed. The expected values are written down
 here in plain PyTorch, over windows, level after level.
 """
 
@@ -18,6 +18,7 @@ from convwave import reference
 from convwave.data.batches import graph_batch
 from convwave.infer.generate import GenerationCache
 from convwave.ops import library
+from convwave.ops.level import track
 from convwave.train.closed_form import ClosedForm
 from tests.helpers import GRAPHS, RELATIVE, disturb, per_position, relative_error
 
@@ -179,3 +180,12 @@ def test_a_network_hands_each_level_its_own_options() -> None:
     assert [norm.eps for norm in norms] == [1e-3, 1e-4, 1e-5]
     assert [norm.momentum for norm in norms] == [0.1, 0.2, 0.3]
     assert [norm.unbiased for norm in norms] == [True, False, True]
+
+
+@pytest.mark.parametrize("total", [1.0, torch.tensor(1.0)], ids=["number", "tensor"])
+def test_one_row_moves_the_variance_towards_0(total: float | torch.Tensor) -> None:
+    """It has no unbiased variance; its biased one is 0."""
+    level = cw.nn.BatchNorm(3, momentum=0.25, unbiased=False).level(torch.zeros(3, 2, 2))
+    track(level, torch.full((3,), 2.0), torch.zeros(3), total)
+    assert level.running_mean.tolist() == [0.5] * 3
+    assert level.running_var.tolist() == [0.75] * 3

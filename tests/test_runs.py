@@ -1,4 +1,4 @@
-"""What is kept of a run: seconds, the newest network, which split a name belongs to."""
+"""What a run keeps: seconds, the newest network, which split a name belongs to."""
 
 from __future__ import annotations
 
@@ -10,12 +10,13 @@ import pytest
 
 import convwave as cw
 from convwave import cli
+from convwave.cli.model import load_network
 from convwave.files import read_tensors, write_tensors
 from convwave.infer import generate
 from convwave.runs.folder import MODEL_FILE, STATE_FILE, STATE_FORMAT
 from convwave.runs.registry import newest_run
 from convwave.train.config import Config, Interrupted
-from convwave.train.loop import train
+from convwave.train.loop import read_network, train
 from tests.test_training import StopAfter
 
 
@@ -80,3 +81,40 @@ def test_names_are_marked_by_the_split_that_holds_them(few: cw.Words, tmp_path: 
 
 def _only(words: list[str], others: list[str]) -> str:
     return next(word for word in words if word not in others)
+
+
+@pytest.mark.parametrize("keep", ["best", "last"])
+def test_an_extended_run_that_was_interrupted_is_its_newest_network(
+    keep: str, tmp_path: Path, capsys, monkeypatch
+) -> None:
+    """Until it has ended again; and the older network where the state cannot be read."""
+    words, out = tmp_path / "words.txt", tmp_path / "run"
+    words.write_text("\n".join(["anna", "bob", "carla", "dora", "emma", "fritz"] * 20))
+    options = ["train", "--data", str(words), "--out", str(out), "--n-hidden", "6", "--keep", keep, "--batch", "8"]
+
+    def loss_and_note(*more: str) -> tuple[float, bool, str]:
+        capsys.readouterr()
+        assert cli.main(["evaluate", str(out), "--json", *more]) == 0
+        printed = capsys.readouterr()
+        found = json.loads(printed.out)
+        return found["splits"]["val"]["loss"], "the one of before it was extended" in printed.err, found["checkpoint"]
+
+    assert cli.main([*options, "--steps", "20"]) == 0
+    finished, noted, file = loss_and_note()
+    assert not noted
+    assert file.endswith(MODEL_FILE)
+    with monkeypatch.context() as patch:
+        patch.setattr("convwave.cli.console.ConsoleReporter", lambda: StopAfter(40))
+        assert cli.main([*options, "--steps", "60", "--resume"]) == 130
+    interrupted, noted, file = loss_and_note()
+    assert noted
+    assert file.endswith(STATE_FILE)
+    assert interrupted != finished
+    read = read_network(out, lambda: cw.Corpus(cw.data.read_words(words)))
+    assert cw.sample(read, 5, seed=1) == cw.sample(load_network(out, None)[1], 5, seed=1)
+    whole = (out / STATE_FILE).read_bytes()
+    (out / STATE_FILE).write_bytes(whole[:-8])
+    assert loss_and_note() == (finished, False, str(out / MODEL_FILE))
+    (out / STATE_FILE).write_bytes(whole)
+    assert cli.main([*options, "--steps", "60", "--resume"]) == 0
+    assert loss_and_note()[1:] == (False, str(out / MODEL_FILE))

@@ -168,7 +168,7 @@ def test_the_blog_recipe_through_the_convolution_is_the_windowed_training(few: c
 
 
 def test_windowed_training_is_the_posts_loop(few: cw.Words) -> None:
-    """Against the loop written down once more: one generator for weights and draws, the rate cut after 3/4."""
+    """Against the loop, written out again: one generator for weights and draws, the rate cut after 3/4."""
     config = Config.make("mlp3", steps=40)
     result = train(config, few)
     vocab = cw.Vocabulary.from_words(few.words)
@@ -290,6 +290,49 @@ def test_damaged_states_are_named(tier: str, optimizer: str, few: cw.Words, tmp_
         train(config, few, tmp_path, resume=True)
     with pytest.raises(CheckpointError, match=r"is not a usable state.*colour"):
         training.read_config(tmp_path)
+
+
+@pytest.mark.parametrize("tier", ["cpu", "reference"])
+def test_a_state_of_other_shapes_is_refused_before_a_network_is_built(
+    tier: str, few: cw.Words, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What a state says of its sizes is compared with its tensors, those of the best network and of optimisers too."""
+    config = Config.make(steps=12, batch=64, tier=tier, n_hidden=6, keep="best")
+    with pytest.raises(Interrupted):
+        train(config, few, tmp_path, reporter=StopAfter(5))
+    path = tmp_path / STATE_FILE
+    tensors, metadata = read_tensors(path, STATE_FORMAT)
+    right, width = metadata["config"], 2**20
+    big = torch.zeros(width, dtype=torch.int8)  # a matrix of them would take 8 TB
+    moment = "optimizer.exp_avg" if tier == "cpu" else "optimizer.head.bias.exp_avg"
+    damaged = [
+        ({}, {"n_hidden": width}),
+        ({}, {"n_embd": width}),
+        ({}, {"levels": 12}),
+        ({"model.head.bias": tensors["model.head.bias"][:5].clone()}, {}),
+        ({"model.head.weight": big}, {"n_hidden": width}),
+        ({"model.blocks.0.norm.running_var": tensors["model.blocks.0.norm.running_var"][:1].clone()}, {}),
+        ({"model.head.bias": tensors["model.head.bias"].double()}, {}),
+        ({"best.head.bias": tensors["best.head.bias"][:5].clone()}, {}),
+        ({"best.blocks.0.norm.running_var": tensors["best.blocks.0.norm.running_var"].long()}, {}),
+        ({moment: tensors[moment].reshape(-1)[:1].clone()}, {}),
+        ({moment: tensors[moment].to(torch.complex64)}, {}),
+    ]
+    built = []
+    make = cw.ConvWave.__init__
+    monkeypatch.setattr(cw.ConvWave, "__init__", lambda *a, **o: (built.append(a), make(*a, **o))[1])
+    for change, values in damaged:
+        built.clear()
+        write_tensors(path, tensors | change, {**metadata, "config": right | values})
+        with pytest.raises(CheckpointError, match="is not a usable state"):
+            train(Config.from_json(right | values), few, tmp_path, resume=True)
+        assert not built or moment in change
+        if moment not in change:
+            with pytest.raises(CheckpointError, match="is not a usable state"):
+                training.read_network(tmp_path, lambda: cw.Corpus(few))
+            assert not built
+    write_tensors(path, tensors, metadata)
+    assert train(config, few, tmp_path, resume=True).config.steps == 12
 
 
 @pytest.mark.parametrize("tier", ["cpu", "reference"])

@@ -16,7 +16,7 @@ import sys
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import NoReturn
 
 from convwave import __version__
 from convwave._lazy import load
@@ -41,7 +41,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _bench(given[1:])
     try:
         arguments = _parser().parse_args(given)
-        _check_memory(arguments)
         arguments.command_line = shlex.join(["convwave", *given])
         return int(load(arguments.run)(arguments) or 0)
     except (DataError, CheckpointError, UsageError) as error:
@@ -105,33 +104,6 @@ def _path(text: str) -> Path:
     if not text or "\0" in text:
         raise argparse.ArgumentTypeError(f"expected a path, got {quoted(text)}")
     return Path(text)
-
-
-def _check_memory(args: argparse.Namespace) -> None:
-    """Refuse networks and batches that are larger than this machine's memory, which would be filled to the end.
-
-    Raises:
-        UsageError: weights, gradients and two moments, or the ids and activations of a batch.
-    """
-    given = vars(args) | dict(text.split("=", 1) for text in getattr(args, "set", ()) if "=" in text)
-    sizes = [_size(given.get(name)) for name in ("n_embd", "n_hidden", "levels", "batch")]
-    try:
-        memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    except (AttributeError, OSError, ValueError):  # Windows
-        return
-    n_embd, n_hidden, levels, batch = (max(1, size or least) for size, least in zip(sizes, (10, 68, 3, 1), strict=True))
-    network = 4 * 4 * 2 * n_hidden * (n_embd + (levels - 1) * n_hidden)
-    step = batch * (8 * 4 + 4 * levels * n_hidden)
-    for names, needed in (("--n-embd, --n-hidden, --levels", network), ("--batch", step)):
-        if needed > memory:
-            raise UsageError(f"{names}: needs at least {needed // 10**9:,} GB of memory, there are {memory // 10**9:,}")
-
-
-def _size(value: Any) -> int | None:
-    """A number given as an option or as text of --set; None where that is none, which is refused elsewhere."""
-    with suppress(TypeError, ValueError):
-        return int(value)
-    return None
 
 
 class _Parser(argparse.ArgumentParser):

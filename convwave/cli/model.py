@@ -7,6 +7,7 @@ import json
 import math
 import secrets
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -216,7 +217,7 @@ def load_network(path: Path, data: str | None) -> tuple[Path, ConvWave]:
     if not path.is_dir():
         return path, load(path)
     model, state = path / MODEL_FILE, path / STATE_FILE
-    if model.exists() or not state.exists():
+    if not state.exists() or (model.exists() and not _is_extended(path)):
         return model, load(model)
 
     def learned() -> Corpus:
@@ -225,8 +226,17 @@ def load_network(path: Path, data: str | None) -> tuple[Path, ConvWave]:
         return Corpus(words or load_words(data))
 
     network = read_network(path, learned)
-    stderr().print(f"note: {path} was interrupted; this is its network so far")
+    older = f", not the one of before it was extended, {MODEL_FILE}" if model.exists() else ""
+    stderr().print(f"note: {path} was interrupted; this is its network so far{older}")
     return state, network
+
+
+def _is_extended(run: Path) -> bool:
+    """Whether a run's state is later than its network; one that cannot be read is not."""
+    folder = Folder(run)
+    with suppress(CheckpointError):
+        return folder.is_extended(folder.load())
+    return False
 
 
 def _say_missing(run: Path, missing: str | None) -> None:

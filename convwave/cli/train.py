@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 from collections.abc import Mapping
 from dataclasses import fields, replace
 from datetime import datetime
@@ -54,6 +55,7 @@ def train(args: argparse.Namespace) -> None:
         config = _new(shape | given | {"init": str(path)}, changes)
     else:
         config = _new(given, changes)
+    _check_memory(config)
     from convwave.cli.console import ConsoleReporter, check_device, number, print_json, stderr, table
     from convwave.cli.model import run_words
     from convwave.train import loop
@@ -129,6 +131,24 @@ def _new(given: dict[str, Any], changes: Mapping[str, Any]) -> Config:
     except ValueError as error:
         raise UsageError(str(error)) from None
     return Config.make(recipe=recipe, **given)
+
+
+def _check_memory(config: Config) -> None:
+    """Refuse networks and batches that are larger than this machine's memory, which would be filled to the end.
+
+    Raises:
+        UsageError: weights, gradients and two moments, or the ids and activations of a batch.
+    """
+    try:
+        memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (AttributeError, OSError, ValueError):  # Windows
+        return
+    levels, width = len(config.factors), config.n_hidden
+    network = 4 * 4 * 2 * width * (config.n_embd + (levels - 1) * width)
+    step = config.batch * (8 * 4 + 4 * levels * width)
+    for names, needed in (("n_embd, n_hidden, levels", network), ("batch", step)):
+        if needed > memory:
+            raise UsageError(f"{names}: needs at least {needed // 10**9:,} GB of memory, there are {memory // 10**9:,}")
 
 
 def _begun(out: Path, given: dict[str, Any], changes: Mapping[str, Any]) -> Config:

@@ -56,7 +56,7 @@ class ContextSampler:
         self._begin = [stage * steps // stages for stage in range(stages)]
         self._probabilities = [_capped(shares, expected) for expected in rows]
         generator = torch.Generator().manual_seed(seed)
-        self._positions = [torch.rand(counts.numel(), generator=generator, dtype=torch.float64)]
+        self._positions = [torch.rand(counts.numel(), generator=generator, dtype=torch.float64, device="cpu")]
         for stage in range(stages - 1):
             length = self._begin[stage + 1] - self._begin[stage]
             self._positions.append(torch.add(self._positions[stage], self._probabilities[stage], alpha=length))
@@ -76,7 +76,7 @@ def _capped(shares: Tensor, total: float) -> Tensor:
         return torch.ones_like(shares)
     order, index = shares.sort(descending=True)
     rest = order.flip(0).cumsum(0).flip(0)  # of this share and all smaller ones
-    ahead = torch.arange(shares.numel(), dtype=shares.dtype)
+    ahead = torch.arange(shares.numel(), dtype=shares.dtype, device="cpu")
     factor = (total - ahead) / rest  # if the `ahead` largest are capped
     first = int((factor * order < 1).nonzero()[0])
     return torch.ones_like(shares).scatter_(0, index[first:], factor[first] * order[first:])
@@ -116,8 +116,8 @@ def graph_batch(graph: Graph, vocab_size: int, dtype: torch.dtype = torch.float3
 
 def _target_counts(graph: Graph, vocab_size: int, dtype: torch.dtype) -> Tensor:
     columns = padded(vocab_size)
-    rows = torch.arange(graph.num_rows) if graph.target_rows is None else graph.target_rows
-    counts = torch.zeros(graph.num_rows * columns, dtype=torch.float64)
+    rows = torch.arange(graph.num_rows, device=graph.tokens.device) if graph.target_rows is None else graph.target_rows
+    counts = torch.zeros(graph.num_rows * columns, dtype=torch.float64, device=graph.tokens.device)
     return counts.index_add_(0, rows * columns + graph.target_ids, graph.target_counts).to(dtype).view(-1, columns)
 
 
@@ -137,9 +137,9 @@ class Parts:
     def __init__(self, graph: Graph, vocab_size: int, dtype: torch.dtype = torch.float32) -> None:
         self.graph, self.vocab_size, self.dtype = graph, vocab_size, dtype
         sizes = [weights.numel() for weights in graph.weights]
-        self._mark = [torch.zeros(n, dtype=torch.uint8) for n in sizes]
-        self._local = [torch.zeros(n, dtype=torch.int64) for n in sizes]
-        self._count = torch.arange(max(sizes))
+        self._mark = [torch.zeros(n, dtype=torch.uint8, device="cpu") for n in sizes]
+        self._local = [torch.zeros(n, dtype=torch.int64, device="cpu") for n in sizes]
+        self._count = torch.arange(max(sizes), device="cpu")
         self._taps = [graph.tokens[graph.taps[0]], *graph.taps[1:]]
 
     def part(self, kept: Tensor, weights: Tensor, total: float, targets: Tensor) -> Batch:
@@ -245,16 +245,26 @@ class ContextBatches(Parts):
         self, sampler: ContextSampler, graph: Graph, vocab_size: int, dtype: torch.dtype = torch.float32
     ) -> None:
         super().__init__(graph, vocab_size, dtype)
-        self._sampler = sampler
-        self._targets, self._weights = _target_counts(graph, vocab_size, dtype), graph.weights[-1].to(dtype)
+        self._sampler, self._weights = sampler, graph.weights[-1].to(dtype)
+        rows = torch.arange(graph.num_rows, device="cpu") if graph.target_rows is None else graph.target_rows
+        rows, order = rows.sort(stable=True)
+        self._ids, self._counts = graph.target_ids[order], graph.target_counts[order].to(dtype)
+        self._starts = torch.searchsorted(rows, torch.arange(graph.num_rows + 1, device="cpu"))  # of each row's targets
 
     def __call__(self, step: int) -> Batch:
         """The batch of a step."""
         kept, scale = self._sampler(step)
-        scale = scale.to(self.dtype)
+        scale, columns = scale.to(self.dtype), padded(self.vocab_size)
         weights = self._weights.index_select(0, kept).mul_(scale)
-        targets = self._targets.index_select(0, kept).mul_(scale[:, None])
-        return self.part(kept, weights, float(weights.sum()), targets)
+        starts = self._starts.index_select(0, kept)
+        number = self._starts.index_select(0, kept + 1).sub_(starts)
+        row = torch.repeat_interleave(number)
+        entry = (starts - number.cumsum(0).sub_(number)).index_select(0, row)
+        entry.add_(torch.arange(row.numel(), device="cpu"))
+        places = (row * columns).add_(self._ids.index_select(0, entry))
+        counts = self._counts.index_select(0, entry).mul_(scale.index_select(0, row))
+        targets = torch.zeros(kept.numel() * columns, dtype=self.dtype, device="cpu").index_put_((places,), counts)
+        return self.part(kept, weights, float(weights.sum()), targets.view(-1, columns))
 
 
 class Plan(NamedTuple):
@@ -305,7 +315,7 @@ class StepReader:
     ) -> None:
         self.plan, self.packed, self.vocab_size, self.factors = plan, packed, vocab_size, factors
         self.generator, self.device = generator, device
-        self._epoch, self._order = -1, torch.empty(0, dtype=torch.int64)
+        self._epoch, self._order = -1, torch.empty(0, dtype=torch.int64, device="cpu")
 
     @cached_property
     def everything(self) -> Graph:
@@ -319,7 +329,7 @@ class StepReader:
         """The graph of step i."""
         plan, packed = self.plan, self.packed
         if plan.batch_of == "windows":
-            return self._windows(torch.randint(0, len(packed), (plan.batch,), generator=self.generator))
+            return self._windows(torch.randint(0, len(packed), (plan.batch,), generator=self.generator, device="cpu"))
         if plan.batch_of == "contexts":
             return select_contexts(self.everything, *self._sampler(i))
         if plan.batch_of == "names" and plan.token_noise:
@@ -372,13 +382,13 @@ class StepReader:
         epoch, part = divmod(i, self.packed.num_words // batch)
         if epoch != self._epoch:  # the order depends on seed and epoch alone, so resuming needs no more than the step
             generator = torch.Generator().manual_seed((self.plan.seed * 1_000_003 + epoch) % 2**64)
-            self._epoch, self._order = epoch, torch.randperm(self.packed.num_words, generator=generator)
+            self._epoch, self._order = epoch, torch.randperm(self.packed.num_words, generator=generator, device="cpu")
         return self._order[part * batch : (part + 1) * batch]
 
     def _noisy(self, names: Packed) -> Packed:
         """Names of which some letters read are replaced; what is to be predicted stays."""
         n = len(names)
-        replace = torch.rand(n, generator=self.generator) < self.plan.token_noise
+        replace = torch.rand(n, generator=self.generator, device="cpu") < self.plan.token_noise
         replace &= names.tokens != 0  # the opening 0 is what fills the context
-        random = self.packed.tokens[torch.randint(0, len(self.packed), (n,), generator=self.generator)]
+        random = self.packed.tokens[torch.randint(0, len(self.packed), (n,), generator=self.generator, device="cpu")]
         return Packed(torch.where(replace, random, names.tokens), names.targets, names.cu_seqlens)

@@ -18,9 +18,9 @@ Levels need not be pairs: `factors=(4, 2)` joins four, then two (kernel sizes 4 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields, replace
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -31,6 +31,8 @@ from convwave.data.packing import Packed
 
 Kind = Literal["windowed", "dense", "distinct"]
 Padding = Literal["replicate", "zeros"]
+
+_BLOCK = 2**20  # positions numbered at a time
 
 
 class Consumers(NamedTuple):
@@ -95,6 +97,7 @@ class Graph:
         target_counts: (M,) float64, how often each is predicted.
         target_rows: (M,) int64, top row of each target; None where target m belongs to row m.
         inverse: (N,) int64, top row of each packed position; None where it is the position itself.
+        all_count: whether every row is known to count; where not, what uncounted rows hold is kept from mattering.
     """
 
     kind: Kind
@@ -107,6 +110,7 @@ class Graph:
     target_counts: Tensor
     target_rows: Tensor | None = None
     inverse: Tensor | None = None
+    all_count: bool = False
 
     @property
     def levels(self) -> int:
@@ -180,13 +184,14 @@ class Graph:
 
 def _flatten(graph: Graph) -> tuple[list[Any], tuple[Any, ...]]:
     tensors = (graph.tokens, graph.taps, graph.weights, graph.target_ids, graph.target_counts)
-    return [*tensors, graph.target_rows, graph.inverse], (graph.kind, graph.factors, graph.totals)
+    return [*tensors, graph.target_rows, graph.inverse], (graph.kind, graph.factors, graph.totals, graph.all_count)
 
 
 def _unflatten(children: Any, context: tuple[Any, ...]) -> Graph:
     tokens, taps, weights, target_ids, target_counts, target_rows, inverse = children
-    kind, factors, totals = context
-    return Graph(kind, factors, tokens, taps, weights, totals, target_ids, target_counts, target_rows, inverse)
+    kind, factors, totals, all_count = context
+    targets = (target_ids, target_counts, target_rows)
+    return Graph(kind, factors, tokens, taps, weights, totals, *targets, inverse, all_count)
 
 
 def _flatten_with_keys(graph: Graph) -> tuple[list[Any], tuple[Any, ...]]:
@@ -204,7 +209,7 @@ register_pytree_node(
     serialized_type_name="convwave.data.graph.Graph",
     flatten_with_keys_fn=_flatten_with_keys,
     to_dumpable_context=list,
-    from_dumpable_context=lambda given: (given[0], tuple(given[1]), tuple(given[2])),
+    from_dumpable_context=lambda given: (given[0], tuple(given[1]), tuple(given[2]), given[3]),
 )
 
 
@@ -252,8 +257,7 @@ def graph_of_windows(windows: Tensor, targets: Tensor, factors: Sequence[int]) -
     """
     if windows.ndim != 2 or windows.shape[0] < 1 or windows.shape[1] != math.prod(factors):
         raise ValueError(f"windows: expected shape (M, {math.prod(factors)}), got {tuple(windows.shape)}")
-    counts = torch.ones(windows.shape[0], dtype=torch.float64, device=windows.device)
-    return _window_trees(windows, targets, tuple(factors), counts)
+    return _window_trees(windows, targets, tuple(factors), None)
 
 
 def distinct_graph(
@@ -263,21 +267,34 @@ def distinct_graph(
 
     Arguments and errors as for `dense_graph`.
     """
+    return distinct_graph_and_targets(packed, levels, counts, factors=factors)[0]
+
+
+def distinct_graph_and_targets(
+    packed: Packed, levels: int = 3, counts: Tensor | None = None, *, factors: Sequence[int] | None = None
+) -> tuple[Graph, Tensor]:
+    """`distinct_graph`, and (N,) integers: which of its targets (context and prediction) each packed position has."""
     factors, counts = _check(packed, levels, counts, factors)
-    tokens, ids = torch.unique(packed.tokens, return_inverse=True)
+    N, narrow = len(packed), torch.int32 if len(packed) < 2**31 else torch.int64
+    first = _first(packed, narrow)
+    tokens, ids = distinct_keys(packed.tokens.__getitem__, N, int(packed.tokens.max()) + 1)
     rows, taps = tokens.numel(), []
-    for dense in _dense_taps(packed, factors):
-        below = ids[dense]  # (factor, N), distinct rows of the level below
-        ids, num, first = _distinct(below, rows)
-        taps.append(below[:, first])
-        rows = num
-    top = torch.zeros(rows, dtype=torch.float64, device=ids.device).index_add_(0, ids, counts)
+    for level, factor in enumerate(factors):
+        dilation = math.prod(factors[:level])
+        columns = [partial(_read, ids, first, back) for back in range((factor - 1) * dilation, -1, -dilation)]
+        rows, ids = _distinct_columns(columns, N, rows)
+        example = torch.empty(rows, dtype=torch.int64, device=ids.device)  # any position of each
+        for part in _parts(N):
+            example[ids[part]] = torch.arange(part.start, part.stop, device=ids.device)
+        taps.append(torch.stack([column(example).long() for column in columns]))
+        del columns  # which hold the numbers of the level below
     vocabulary = int(packed.targets.max()) + 1
-    keys, target = torch.unique(ids * vocabulary + packed.targets, return_inverse=True)
-    target_counts = torch.zeros(keys.numel(), dtype=torch.float64, device=ids.device).index_add_(0, target, counts)
-    return _graph(
-        "distinct", factors, tokens, tuple(taps), top, keys % vocabulary, target_counts, keys // vocabulary, ids
+    keys, target = distinct_keys(partial(_joined, ids.__getitem__, packed.targets.__getitem__, vocabulary), N)
+    top, of_targets = _summed(counts, ids, rows), _summed(counts, target, keys.numel())
+    graph = _graph(
+        "distinct", factors, tokens, tuple(taps), top, keys % vocabulary, of_targets, keys // vocabulary, ids.long()
     )
+    return graph, target
 
 
 def select_windows(graph: Graph, positions: Tensor, targets: Tensor) -> Graph:
@@ -359,7 +376,7 @@ def multiplicities(taps: Sequence[Tensor], counts: Tensor, rows_below: Sequence[
     return tuple(weights)
 
 
-def _window_trees(windows: Tensor, targets: Tensor, factors: tuple[int, ...], counts: Tensor) -> Graph:
+def _window_trees(windows: Tensor, targets: Tensor, factors: tuple[int, ...], counts: Tensor | None) -> Graph:
     taps, rows = [], windows.numel()
     for factor in factors:
         taps.append(torch.arange(rows, device=windows.device).view(-1, factor).T)
@@ -372,26 +389,28 @@ def _graph(
     factors: tuple[int, ...],
     tokens: Tensor,
     taps: tuple[Tensor, ...],
-    counts: Tensor,
+    counts: Tensor | None,
     target_ids: Tensor,
     target_counts: Tensor | None = None,
     target_rows: Tensor | None = None,
     inverse: Tensor | None = None,
 ) -> Graph:
+    if counts is None:
+        counts = torch.ones(target_ids.shape, dtype=torch.float64, device=target_ids.device)
     rows_below = [tokens.numel(), *(t.shape[1] for t in taps[:-1])]
     weights = multiplicities(taps, counts, rows_below)
     # each of the levels above joins `factor` rows into one, so the totals follow from the top one
     totals = [float(counts.sum())]
     for factor in reversed(factors[1:]):
         totals.insert(0, totals[0] * factor)
-    if target_counts is None:
-        target_counts = counts
-    return Graph(kind, factors, tokens, taps, weights, tuple(totals), target_ids, target_counts, target_rows, inverse)
+    targets = (target_ids, counts if target_counts is None else target_counts, target_rows)
+    all_count = bool((counts > 0).all())
+    return Graph(kind, factors, tokens, taps, weights, tuple(totals), *targets, inverse, all_count)
 
 
 def _check(
     packed: Packed, levels: int, counts: Tensor | None, factors: Sequence[int] | None
-) -> tuple[tuple[int, ...], Tensor]:
+) -> tuple[tuple[int, ...], Tensor | None]:
     if factors is None:
         if levels < 1:
             raise ValueError(f"levels: expected at least 1, got {levels}")
@@ -402,7 +421,7 @@ def _check(
     if n == 0:
         raise ValueError("packed: expected at least one position, got none")
     if counts is None:
-        return tuple(factors), torch.ones(n, dtype=torch.float64, device=packed.tokens.device)
+        return tuple(factors), None
     if counts.shape != (n,):
         raise ValueError(f"counts: expected shape ({n},), one per packed position, got {tuple(counts.shape)}")
     counts = counts.to(packed.tokens.device, torch.float64)
@@ -411,10 +430,10 @@ def _check(
     return tuple(factors), counts
 
 
-def _first(packed: Packed) -> Tensor:
+def _first(packed: Packed, dtype: torch.dtype = torch.int64) -> Tensor:
     """(N,) the row of the first position of each position's word."""
     cu = packed.cu_seqlens
-    return torch.repeat_interleave(cu[:-1], cu.diff(), output_size=len(packed))
+    return torch.repeat_interleave(cu[:-1].to(dtype), cu.diff(), output_size=len(packed))
 
 
 def dilated_taps(first: Tensor, kernel_size: int, dilation: int, padding: Padding = "replicate") -> Tensor:
@@ -462,19 +481,74 @@ def _dense_taps(packed: Packed, factors: Sequence[int]) -> list[Tensor]:
     return [dilated_taps(first, factor, math.prod(factors[:level])) for level, factor in enumerate(factors)]
 
 
-def _distinct(columns: Tensor, bound: int) -> tuple[Tensor, int, Tensor]:
-    """Number the distinct columns of a (k, N) matrix of ids below `bound`.
+Keys = Callable[[slice], Tensor]  # the int64 keys >= 0 of some positions
+
+
+def distinct_keys(keys: Keys, count: int, span: int = 2**62) -> tuple[Tensor, Tensor]:
+    """Number the distinct keys of N positions in ascending order, a block of positions at a time.
+
+    Args:
+        keys: of some positions.
+        count: N.
+        span: above all keys, where that is known.
 
     Returns:
-        (N,) the number of each column, the number of distinct columns, and the first column with each number.
+        The distinct keys in ascending order, and (N,) the number of each position's key, int32 in several blocks.
     """
-    key, span = columns[0], bound
-    for row in columns[1:]:
+    blocks = []
+    for part in _parts(count):
+        unique, ids = _unique(keys(part), span)
+        blocks.append((unique, ids if count <= _BLOCK else ids.int()))
+    if len(blocks) == 1:
+        return blocks[0]
+    unique = torch.unique(torch.cat([block for block, _ in blocks]))
+    assert unique.numel() < 2**31
+    ids = torch.empty(count, dtype=torch.int32, device=unique.device)
+    for part in _parts(count):
+        block, local = blocks.pop(0)
+        torch.index_select(torch.searchsorted(unique, block, out_int32=True), 0, local, out=ids[part])
+    return unique, ids
+
+
+def _parts(count: int) -> Iterator[slice]:
+    """Positions in blocks."""
+    return (slice(start, min(start + _BLOCK, count)) for start in range(0, count, _BLOCK))
+
+
+def _unique(keys: Tensor, span: int) -> tuple[Tensor, Tensor]:
+    """The distinct keys in ascending order, and the number of each; by a table where few are possible."""
+    if span > 4 * keys.numel():
+        return torch.unique(keys, return_inverse=True)
+    present = torch.zeros(span, dtype=torch.bool, device=keys.device)
+    present[keys] = True
+    return present.nonzero().view(-1), present.cumsum(0).sub_(1).index_select(0, keys)
+
+
+def _read(below: Tensor, first: Tensor, back: int, rows: slice | Tensor) -> Tensor:
+    """What the tap so many rows back reads in some rows: numbers of the level below."""
+    index = torch.arange(rows.start, rows.stop, device=below.device) if isinstance(rows, slice) else rows
+    return below.index_select(0, torch.maximum(index - back, first[rows]))
+
+
+def _joined(left: Keys, right: Keys, bound: int, part: slice) -> Tensor:
+    """Two keys in one, the right one below `bound`."""
+    return left(part).long() * bound + right(part)
+
+
+def _distinct_columns(columns: Sequence[Keys], count: int, bound: int) -> tuple[int, Tensor]:
+    """How many distinct columns a (k, N) matrix of ids below `bound` has, and (N,) the number of each."""
+    keys, span = columns[0], bound
+    for column in columns[1:]:
         if span * bound >= 2**62:
-            _, key = torch.unique(key, return_inverse=True)
-            span = int(key.max()) + 1
-        key, span = key * bound + row, span * bound
-    unique, ids = torch.unique(key, return_inverse=True)
-    index = torch.arange(ids.numel(), device=ids.device)
-    first = torch.full_like(unique, ids.numel()).scatter_reduce_(0, ids, index, "amin")
-    return ids, unique.numel(), first
+            unique, ids = distinct_keys(keys, count, span)
+            keys, span = ids.__getitem__, unique.numel()
+        keys, span = partial(_joined, keys, column, bound), span * bound
+    unique, ids = distinct_keys(keys, count, span)
+    return unique.numel(), ids
+
+
+def _summed(counts: Tensor | None, ids: Tensor, num: int) -> Tensor:
+    """(num,) float64 sums of the counts (N,), or of 1 each, by number (N,)."""
+    if counts is None:
+        return torch.bincount(ids, minlength=num).double()
+    return counts.new_zeros(num).index_add_(0, ids, counts)

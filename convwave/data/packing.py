@@ -21,6 +21,8 @@ from torch import Tensor
 from convwave.data.words import BOUNDARY, DataError, Words
 from convwave.files import quoted
 
+_BLOCK = 2**20  # characters encoded at a time
+
 
 class Vocabulary:
     """A one-to-one map between characters and token ids; ``.`` is token 0.
@@ -37,9 +39,9 @@ class Vocabulary:
             raise ValueError("symbols: expected distinct single characters")
         self._ids = {symbol: i for i, symbol in enumerate(self.symbols)}
         # code point -> id, -1 where there is none: encodes a whole corpus with one lookup
-        code_points = torch.tensor([ord(s) for s in self.symbols])
-        self._table = torch.full((int(code_points.max()) + 2,), -1, dtype=torch.int64)
-        self._table[code_points] = torch.arange(len(self.symbols))
+        code_points = torch.tensor([ord(s) for s in self.symbols], device="cpu")
+        self._table = torch.full((int(code_points.max()) + 2,), -1, dtype=torch.int64, device="cpu")
+        self._table[code_points] = torch.arange(len(self.symbols), device="cpu")
 
     @classmethod
     def from_words(cls, words: Iterable[str]) -> Vocabulary:
@@ -67,14 +69,16 @@ class Vocabulary:
 
     def encode_text(self, text: str) -> Tensor:
         """Token ids (len(text),) int64 of a text in which ``.`` may occur."""
-        if not text:
-            return torch.empty(0, dtype=torch.int64)
-        code_points = torch.frombuffer(bytearray(text.encode("utf-32-le", "surrogatepass")), dtype=torch.int32).long()
-        ids = self._table[code_points.clamp(max=len(self._table) - 1)]
-        if bool((ids < 0).any()):
-            position = int((ids < 0).nonzero()[0])
-            known = quoted("".join(self.symbols))
-            raise DataError(f"character {text[position]!r} is not among the vocabulary's {len(self)}: {known}")
+        ids = torch.empty(len(text), dtype=torch.int64, device="cpu")
+        for start in range(0, len(text), _BLOCK):
+            block = text[start : start + _BLOCK]
+            raw = bytearray(block.encode("utf-32-le", "surrogatepass"))
+            code_points = torch.frombuffer(raw, dtype=torch.int32).clamp(max=len(self._table) - 1)
+            out = torch.index_select(self._table, 0, code_points, out=ids[start : start + _BLOCK])
+            if int(out.min()) < 0:
+                position = int((out < 0).nonzero()[0])
+                known = quoted("".join(self.symbols))
+                raise DataError(f"character {block[position]!r} is not among the vocabulary's {len(self)}: {known}")
         return ids
 
     def decode(self, ids: Iterable[int]) -> str:
@@ -155,7 +159,7 @@ def pack(words: Sequence[str], vocab: Vocabulary) -> Packed:
         ValueError: a word that contains ``.``.
     """
     # ".emma.ava" is the tokens, and the same stream shifted by one character, "emma.ava.", the targets.
-    stream = "".join(BOUNDARY + word for word in words)
+    stream = BOUNDARY + BOUNDARY.join(words) if words else ""
     tokens = vocab.encode_text(stream)
     starts = (tokens == 0).nonzero().flatten()
     if starts.numel() != len(words):
@@ -171,11 +175,11 @@ def pack_ids(words: Iterable[Sequence[int]]) -> Packed:
         ValueError: a negative id.
     """
     words = [list(word) for word in words]
-    tokens = torch.tensor([i for word in words for i in (0, *word)], dtype=torch.int64)
-    targets = torch.tensor([i for word in words for i in (*word, 0)], dtype=torch.int64)
+    tokens = torch.tensor([i for word in words for i in (0, *word)], dtype=torch.int64, device="cpu")
+    targets = torch.tensor([i for word in words for i in (*word, 0)], dtype=torch.int64, device="cpu")
     if tokens.numel() and int(tokens.min()) < 0:
         raise ValueError(f"words: token ids must be >= 0, got {int(tokens.min())}")
-    lengths = torch.tensor([0, *(len(word) + 1 for word in words)], dtype=torch.int64)
+    lengths = torch.tensor([0, *(len(word) + 1 for word in words)], dtype=torch.int64, device="cpu")
     return Packed(tokens, targets, lengths.cumsum(0))
 
 

@@ -119,7 +119,7 @@ def sample_ids(
     device = model.embedding.weight.device
     cache = GenerationCache(model, count)
     tokens = torch.zeros(count, dtype=torch.int64, device=device)
-    alive = torch.arange(count)  # the sequence that each row of the cache belongs to
+    alive = torch.arange(count, device="cpu")  # the sequence that each row of the cache belongs to
     columns: list[Tensor] = []
     while alive.numel() and len(columns) < max_length:
         logits = cache.step(tokens)
@@ -130,12 +130,12 @@ def sample_ids(
                 raise ValueError("model: its logits are not finite, no token can be drawn")
             tokens = _draw(logits.cpu(), generator, temperature, top_k).to(device)
         drawn = tokens.cpu()
-        columns.append(torch.zeros(count, dtype=torch.int64).index_copy_(0, alive, drawn))
+        columns.append(torch.zeros(count, dtype=torch.int64, device="cpu").index_copy_(0, alive, drawn))
         going = drawn != 0
         if not bool(going.all()):
             cache.keep(going.to(device))
             alive, tokens = alive[going], tokens[going.to(device)]
-    return torch.stack(columns, 1) if columns else torch.zeros(count, 0, dtype=torch.int64)
+    return torch.stack(columns, 1) if columns else torch.zeros(count, 0, dtype=torch.int64, device="cpu")
 
 
 def sample(

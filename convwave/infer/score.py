@@ -7,6 +7,7 @@ vectors. The top level is processed in blocks that fit the cache, and only its l
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import torch
@@ -14,12 +15,13 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from convwave.data.batches import Parts, padded
-from convwave.data.graph import Graph, distinct_graph
+from convwave.data.graph import Graph, distinct_graph_and_targets
 from convwave.data.packing import Splits, Vocabulary, pack
 from convwave.nn import ConvBatchNormTanh, ConvWave, evaluating
 from convwave.ops.fold import Buffers, fold_head, folded
 
 _BLOCK = 4096  # rows: 1.1 MB of 68 float32 channels; 2,048 and 16,384 are slower by a tenth
+_POSITIONS = 2**22  # counted at once
 
 SPLITS = ("train", "val", "novel_val", "test")
 
@@ -53,30 +55,29 @@ class EvaluationSet:
         device: torch.device | str = "cpu",
     ) -> None:
         packed = pack([*splits.train, *splits.val, *splits.test], vocabulary)
-        self.graph: Graph = distinct_graph(packed, factors=factors).to(device)
+        graph, pair = distinct_graph_and_targets(packed, factors=factors)
+        self.graph, self._pair = graph.to(device), pair.to(device)
         self.targets = packed.targets.to(device)
-        assert self.graph.inverse is not None
-        vocab_size = len(vocabulary)
-        pairs, self._pair = torch.unique(self.graph.inverse * vocab_size + self.targets, return_inverse=True)
-        self._pair_rows, self._pair_targets = pairs // vocab_size, pairs % vocab_size
         self._infer = Inference(self.graph) if self.targets.device.type == "cpu" else None
 
         train = set(splits.train)
         novel = [word not in train for word in splits.val]
         start_val, start_test = len(splits.train), len(splits.train) + len(splits.val)
-        of_words = {name: torch.zeros(packed.num_words, dtype=torch.bool) for name in SPLITS}
+        of_words = {name: torch.zeros(packed.num_words, dtype=torch.bool, device="cpu") for name in SPLITS}
         of_words["train"][:start_val] = True
         of_words["val"][start_val:start_test] = True
-        of_words["novel_val"][start_val:start_test] = torch.tensor(novel, dtype=torch.bool)
+        of_words["novel_val"][start_val:start_test] = torch.tensor(novel, dtype=torch.bool, device="cpu")
         of_words["test"][start_test:] = True
         lengths = packed.cu_seqlens.diff()
         self.masks: dict[str, Tensor] = {
             name: mask.repeat_interleave(lengths).to(device) for name, mask in of_words.items()
         }
         # (splits, pairs) how many positions of each split have each pair
-        self._counts = torch.stack(
-            [torch.bincount(self._pair[mask], minlength=pairs.numel()).double() for mask in self.masks.values()]
-        )
+        pairs = self.graph.target_ids.numel()
+        self._counts = torch.zeros(len(SPLITS), pairs, dtype=torch.float64, device=device)
+        for counts, mask in zip(self._counts, self.masks.values(), strict=True):
+            for pair, chosen in zip(self._pair.split(_POSITIONS), mask.split(_POSITIONS), strict=True):
+                counts.add_(torch.bincount(pair[chosen], minlength=pairs))
         self._positions: list[int] = self._counts.sum(1).long().tolist()
 
     @torch.no_grad()
@@ -88,11 +89,10 @@ class EvaluationSet:
     def _of_pairs(self, model: ConvWave) -> Tensor:
         """The same for every distinct pair of context and target: 88,331 in names.txt."""
         if self._infer is not None:
-            logp = self._infer(model)
-        else:
-            with evaluating(model):
-                logp = F.log_softmax(model(self.graph), dim=1)
-        return logp.view(-1).index_select(0, self._pair_rows * logp.shape[1] + self._pair_targets).neg_()
+            return self._infer.nll(model)
+        with evaluating(model):
+            logp = F.log_softmax(model(self.graph), dim=1)
+        return -logp[self.graph.target_rows, self.graph.target_ids]
 
     def losses(self, model: ConvWave) -> dict[str, SplitLoss]:
         """Loss and number of positions of every split."""
@@ -112,19 +112,38 @@ class Inference:
 
     def __init__(self, graph: Graph) -> None:
         self.graph = graph
-        everything = torch.arange(graph.num_rows)
+        everything = torch.arange(graph.num_rows, device=graph.tokens.device)
         parts = Parts(graph, int(graph.tokens.max()) + 1)
         self._whole = parts.part(everything, graph.weights[-1], graph.totals[-1], graph.weights[-1])
         self._buffers: dict[torch.dtype, Buffers] = {}
 
     @torch.no_grad()
     def __call__(self, model: ConvWave) -> Tensor:
-        """Log-probabilities (graph.num_rows, V') of a network of the graph's factors; columns from V on are padding.
-
-        The result is overwritten by the next call.
+        """Log-probabilities (graph.num_rows, V) of a network of the graph's factors.
 
         Raises:
             ValueError: the network's factors differ from the graph's.
+        """
+        return torch.cat([logp[:, : model.vocab_size].clone() for _, logp in self._blocks(model)])
+
+    @torch.no_grad()
+    def nll(self, model: ConvWave) -> Tensor:
+        """(M,) negative log-likelihood of every target of a distinct graph, whose rows ascend."""
+        rows, targets = self.graph.target_rows, self.graph.target_ids
+        assert rows is not None
+        result = model.embedding.weight.new_empty(0)
+        for start, logp in self._blocks(model):
+            if start == 0:
+                result = logp.new_empty(rows.numel())
+            begin, end = torch.searchsorted(rows, rows.new_tensor([start, start + logp.shape[0]])).tolist()
+            places = (rows[begin:end] - start).mul_(logp.shape[1]).add_(targets[begin:end])
+            torch.index_select(logp.view(-1), 0, places, out=result[begin:end])
+        return result.neg_()
+
+    def _blocks(self, model: ConvWave) -> Iterator[tuple[int, Tensor]]:
+        """First row, and log-probabilities (n, V'), of one block of top rows after the other; overwritten by the next.
+
+        The columns from V on are padding.
         """
         if model.factors != self.graph.factors:
             raise ValueError(f"model: expected factors {self.graph.factors}, got {model.factors}")
@@ -134,31 +153,53 @@ class Inference:
         columns = padded(model.vocab_size)
         head_weight, head_bias = x.new_empty(columns, model.widths[-1]), x.new_empty(columns)
         fold_head(model.head.weight, model.head.bias, head_weight, head_bias)
-        result = buffer("result", self.graph.num_rows, columns)
         for level, block in enumerate(model.layers):
             taps, H = self._whole.taps[level], model.widths[level]
             top = level == self.graph.levels - 1
             weights, shift = (part.to(x.dtype) for part in _folded(block, after_a_logistic=level > 0))
-            products = []
-            for j, (begin, end) in enumerate(self._whole.ranges[level]):
-                out = buffer(f"products{j}", end - begin, H)
-                if j == 0:
-                    products.append(torch.addmm(shift, x[begin:end], weights[j], out=out))
-                else:
-                    products.append(torch.mm(x[begin:end], weights[j], out=out))
-            N = taps.shape[1]
-            rows = min(_BLOCK, N) if top else N
+            N, rows = taps.shape[1], min(_BLOCK, taps.shape[1])
+            z = buffer(f"z{level % 2}", rows if top else N, H)
+            conv = self._conv(level, x, weights, shift, buffer)
             for start in range(0, N, rows):
-                n = min(rows, N - start)
-                z, scratch = buffer(f"z{level % 2}", n, H), buffer("scratch", n, H)
-                torch.index_select(products[0], 0, taps[0, start : start + n], out=z)
-                for j in range(1, len(products)):
-                    z.add_(torch.index_select(products[j], 0, taps[j, start : start + n], out=scratch))
-                x = z.sigmoid_()
+                part = slice(start, min(start + rows, N))
+                n = part.stop - start
+                s = z[:n] if top else z[part]
+                conv(part, s)
+                s.sigmoid_()
                 if top:
-                    logits = torch.addmm(head_bias, x, head_weight.T, out=buffer("logits", n, columns))
-                    torch.log_softmax(logits, 1, out=result[start : start + n])
-        return result
+                    logits = torch.addmm(head_bias, s, head_weight.T, out=buffer("logits", n, columns))
+                    yield start, torch.log_softmax(logits, 1, out=buffer("logp", n, columns))
+            x = z
+
+    def _conv(
+        self, level: int, x: Tensor, weights: Tensor, shift: Tensor, buffer: Buffers
+    ) -> Callable[[slice, Tensor], None]:
+        """A function that writes the pre-activations of some rows of a level: (part, out (n, H))."""
+        taps, ranges = self._whole.taps[level], [slice(*of_tap) for of_tap in self._whole.ranges[level]]
+        H = shift.numel()
+
+        if sum(of_tap.stop - of_tap.start for of_tap in ranges) >= taps.shape[1]:  # little is shared
+
+            def gather_first(part: slice, out: Tensor) -> None:
+                scratch = buffer("scratch", out.shape[0], x.shape[1])
+                for j, (of_tap, weight) in enumerate(zip(ranges, weights, strict=True)):
+                    read = torch.index_select(x[of_tap], 0, taps[j, part], out=scratch)
+                    torch.addmm(out if j else shift, read, weight, out=out)
+
+            return gather_first
+
+        products = []
+        for j, (of_tap, weight) in enumerate(zip(ranges, weights, strict=True)):
+            product = buffer(f"products{j}", of_tap.stop - of_tap.start, H)
+            torch.mm(x[of_tap], weight, out=product) if j else torch.addmm(shift, x[of_tap], weight, out=product)
+            products.append(product)
+
+        def multiply_first(part: slice, out: Tensor) -> None:
+            torch.index_select(products[0], 0, taps[0, part], out=out)
+            for product, tap in zip(products[1:], taps[1:], strict=True):
+                out.add_(torch.index_select(product, 0, tap[part], out=buffer("scratch", *out.shape)))
+
+        return multiply_first
 
 
 def _folded(block: ConvBatchNormTanh, after_a_logistic: bool) -> tuple[Tensor, Tensor]:

@@ -10,21 +10,25 @@ from convwave.ops.level import Level, wide
 _NEVER = 60.0  # how far below the mean of the tokens' logits; e ** -60 is a normal number (denormal ones are slow)
 
 
+def running(level: Level) -> tuple[Tensor, Tensor]:
+    """The running mean and variance of a level; raises ValueError where it tracks none."""
+    if level.running_mean is None or level.running_var is None:
+        raise ValueError("norm: expected running statistics, got one with track_running_stats=False")
+    return level.running_mean, level.running_var
+
+
 def fixed_stats(level: Level) -> Tensor:
     """(5, H) `level.Stats` of the running mean and variance; the total is unused, and 0."""
-    assert level.running_mean is not None
-    assert level.running_var is not None
-    mean, var = wide(level.running_mean), wide(level.running_var)
+    mean, var = (wide(statistic) for statistic in running(level))
     rstd = torch.rsqrt(var + level.eps)
     return torch.stack([mean, rstd, wide(level.gamma) * rstd, var, torch.zeros_like(var)])
 
 
 def folded(level: Level) -> tuple[Tensor, Tensor]:
     """A convolution that gives a level's normalised pre-activations: weight (H, C, k) and shift (H,)."""
-    assert level.running_mean is not None
-    assert level.running_var is not None
-    scale = level.gamma * torch.rsqrt(level.running_var + level.eps)
-    return level.weight * scale[:, None, None], level.beta - level.running_mean * scale
+    mean, var = running(level)
+    scale = level.gamma * torch.rsqrt(var + level.eps)
+    return level.weight * scale[:, None, None], level.beta - mean * scale
 
 
 def fold_head(weight: Tensor, bias: Tensor, out_weight: Tensor, out_bias: Tensor) -> None:

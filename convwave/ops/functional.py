@@ -43,7 +43,7 @@ def conv_bn_tanh(
     `x` is one of
 
     - (N', C) rows with `taps`: one level of a graph;
-    - (N, C) rows of sequences packed end to end, with `cu_seqlens` (without it: one sequence);
+    - (N, C) rows of sequences packed end to end, with `cu_seqlens` (without it: one sequence, with ``layout="BTC"``);
     - (B, T, C) or, with ``layout="BCT"``, (B, C, T) sequences of equal length.
 
     In training mode the running statistics are updated in place. With ``padding="zeros"``, ``layout="BCT"`` and
@@ -152,9 +152,10 @@ def restore(h: Tensor, x: Tensor, shape: tuple[int, ...], layout: Layout) -> Ten
 
 
 def without_uncounted(x: Tensor, taps: Tensor, counts: Tensor) -> Tensor:
-    """x with zeros for rows that are not finite and that only rows which count 0 times read, such as padding.
+    """x with zeros for rows that hold no numbers and that only rows which count 0 times read, such as padding.
 
-    Whatever such memory holds must not reach statistics or gradients, and 0 times NaN is NaN.
+    Whatever such memory holds must not reach statistics or gradients, and 0 times NaN is NaN. Numbers whose squares may
+    overflow further up are no numbers either.
 
     Args:
         x: (N', C).
@@ -169,7 +170,8 @@ def without_uncounted(x: Tensor, taps: Tensor, counts: Tensor) -> Tensor:
     needed = needed.scatter_reduce(
         0, torch.where(read, taps, x.shape[0]).flatten(), torch.ones_like(needed[:1]).expand(taps.numel()), "amax"
     )
-    return torch.where((needed[:-1] > 0)[:, None] | x.isfinite().all(1, keepdim=True), x, 0)
+    most = torch.finfo(torch.float64 if x.dtype == torch.float64 else torch.float32).max ** 0.25
+    return torch.where((needed[:-1] > 0)[:, None] | (x.abs() <= most).all(1, keepdim=True), x, 0)
 
 
 def _check_taps(taps: Tensor, x: Tensor) -> None:
@@ -226,6 +228,10 @@ def check_layer(
     check_options(dilation, padding, layout)
     if x.ndim not in (2, 3):
         raise ValueError(f"x: expected (N, C), (B, T, C) or (B, C, T), got shape {tuple(x.shape)}")
+    if x.ndim == 2 and layout == "BCT" and taps is None and cu_seqlens is None:
+        raise ValueError(
+            f"x: expected (B, C, T), or rows (N, C) with taps or cu_seqlens, with layout='BCT', got {tuple(x.shape)}"
+        )
     channels = x.shape[1] if x.ndim == 3 and layout == "BCT" else x.shape[-1]
     if channels != C:
         raise ValueError(f"x: expected {C} channels, as many as weight has, got {channels} in shape {tuple(x.shape)}")
@@ -281,6 +287,8 @@ def loss(logits: Tensor, graph: Graph) -> Tensor:
         raise ValueError(f"logits: expected {graph.num_rows} rows, one per top row of the graph, got {logits.shape[0]}")
     if not graph.totals[-1] > 0:
         raise ValueError("graph: expected at least one window that counts, the counts sum to 0")
+    if not graph.all_count:  # what the others hold does not matter
+        logits = torch.where((graph.weights[-1] > 0)[:, None], logits, 0)
     if graph.target_rows is None:
         nll = F.cross_entropy(logits, graph.target_ids, reduction="none")
         return (nll * graph.target_counts.to(nll.dtype)).sum() / graph.totals[-1]
@@ -288,5 +296,6 @@ def loss(logits: Tensor, graph: Graph) -> Tensor:
     # GPU in an order that changes from run to run
     counts = graph.target_counts.new_zeros(logits.shape)
     counts.index_put_((graph.target_rows, graph.target_ids), graph.target_counts, accumulate=True)
-    nll = counts.to(logits.dtype) * -F.log_softmax(logits, dim=1)
+    counts = counts.to(logits.dtype)
+    nll = torch.where(counts > 0, counts * -F.log_softmax(logits, dim=1), 0)  # a token may be impossible
     return nll.sum() / graph.totals[-1]

@@ -82,6 +82,31 @@ class Stats(NamedTuple):
     total: Tensor  # sum of the counts, the same in every channel; 0 and not used where the running ones are taken
 
 
+class Moments(NamedTuple):
+    """Sum of the counts, mean, and sum of squared deviations of some rows, in float64."""
+
+    total: Tensor  # ()
+    mean: Tensor  # (P * H,)
+    squares: Tensor  # (P * H,)
+
+    @classmethod
+    def of(cls, z: Tensor, counts: Tensor | None) -> Moments:
+        """Those of rows (N, P * H) with counts (N,), None for 1 each."""
+        z = z.double()
+        w = torch.ones_like(z[:, :1]) if counts is None else counts.double()[:, None]
+        total = w.sum()
+        mean = (w * z).sum(0) / total.clamp(min=1e-300)
+        return cls(total, mean, (w * (z - mean).square()).sum(0))
+
+    def merged(self, other: Moments) -> Moments:
+        """Those of both sets of rows together (Chan, Golub and LeVeque, 1979)."""
+        total = self.total + other.total
+        share = other.total / total.clamp(min=1e-300)
+        apart = other.mean - self.mean
+        squares = self.squares + other.squares + apart.square() * self.total * share
+        return Moments(total, self.mean + apart * share, squares)
+
+
 def wide(tensor: Tensor) -> Tensor:
     """float64 as it is, anything narrower as float32: what statistics and sums are computed in."""
     return tensor if tensor.dtype == torch.float64 else tensor.float()

@@ -123,6 +123,15 @@ class Folder:
     def holds_run(self) -> bool:
         return self.state.exists() or self.model.exists()
 
+    def is_extended(self, state: State) -> bool:
+        """Whether the run went on after its network was written, and has not ended again."""
+        steps = state.config.get("steps")
+        try:
+            written = json.loads((self.path / RESULT_FILE).read_bytes())["steps"]
+        except (OSError, LookupError, TypeError, ValueError, RecursionError):
+            written = steps
+        return self.model.exists() and (len(state.losses) != steps or written != steps)
+
     def clear(self) -> None:
         """Delete what a run that was killed while it wrote has left, and nothing else."""
         clear_partials(self.path, FILES)
@@ -147,8 +156,8 @@ class Folder:
         tensors = {
             **state.tensors,
             **{f"best.{name}": tensor for name, tensor in state.best.items()},
-            "losses": torch.tensor(state.losses, dtype=torch.float64),
-            "validation": torch.tensor(state.validation, dtype=torch.float64).view(-1, 2),
+            "losses": torch.tensor(state.losses, dtype=torch.float64, device="cpu"),
+            "validation": torch.tensor(state.validation, dtype=torch.float64, device="cpu").view(-1, 2),
         }
         names = ("config", "data_sha256", "vocabulary", "seconds", "best_step")
         write_tensors(self.state, tensors, {"format": STATE_FORMAT, **{name: getattr(state, name) for name in names}})

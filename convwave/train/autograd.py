@@ -49,7 +49,7 @@ class WindowedRun(Run):
         self.positions = config.batch
 
     def step(self, i: int, watch: Watch | None = None) -> float:
-        ix = torch.randint(0, len(self.windows.targets), (self.config.batch,), generator=self.generator)
+        ix = torch.randint(0, len(self.windows.targets), (self.config.batch,), generator=self.generator, device="cpu")
         ix = ix.to(self.windows.targets.device)
         lr = self.config.recipe.lr * self.config.rate(i)
         if watch is not None:

@@ -28,7 +28,15 @@ from convwave.nn import ConvWave
 from convwave.ops.fold import Buffers, fold_head
 from convwave.train.config import Config
 from convwave.train.optim import ADAM_BETA2, orthogonalize
-from convwave.train.setup import convolution, network_state, prefixed, ready, restore_network, without_prefix
+from convwave.train.setup import (
+    check_like,
+    convolution,
+    network_state,
+    prefixed,
+    ready,
+    restore_network,
+    without_prefix,
+)
 from convwave.train.tiers import Activations, Run, Watch
 
 
@@ -229,7 +237,7 @@ class MuonAdam:
         """Everything that the next step depends on, except the parameters."""
         momenta = {f"momentum.{level}": momentum for level, momentum in enumerate(self.momenta)}
         adam = {"exp_avg": self.exp_avg, "exp_avg_sq": self.exp_avg_sq}
-        return {"steps": torch.tensor(self.steps), **adam, **momenta}
+        return {"steps": torch.tensor(self.steps, device="cpu"), **adam, **momenta}
 
     def load(self, state: dict[str, Tensor]) -> None:
         """Continue from what `state` returned.
@@ -241,6 +249,7 @@ class MuonAdam:
         self.steps = int(state["steps"])
         for name, value in self.state().items():
             if name != "steps":
+                check_like(name, state[name], value)
                 value.copy_(state[name])
 
 

@@ -23,7 +23,7 @@ from convwave.data.packing import Corpus, Packed, Vocabulary, pack
 from convwave.data.words import Words
 from convwave.files import CheckpointError
 from convwave.infer.score import EvaluationSet, SplitLoss
-from convwave.nn import ConvWave
+from convwave.nn import ConvWave, check_shapes, on_device
 from convwave.runs.folder import METRICS_FILE, STATE_FILE, Folder, Source, State
 from convwave.runs.metrics import Metrics
 from convwave.runs.plots import Point
@@ -118,7 +118,7 @@ def fit(config: Config, train: Packed, vocabulary: Vocabulary) -> ConvWave:
         Diverged: a loss that is not finite.
     """
     run = begin(config, train, vocabulary)
-    with few_threads(config, run.model().num_parameters, train):
+    with on_device(), few_threads(config, run.model().num_parameters, train):
         for _ in blocks(run, 0, config.steps):
             pass
         return run.finish()
@@ -163,7 +163,7 @@ def train(
         Interrupted: Ctrl-C; the state is saved.
     """
     folder = None if out is None else Folder(out)
-    with nullcontext(True) if folder is None else folder.locked() as ours:
+    with on_device(), nullcontext(True) if folder is None else folder.locked() as ours:
         if not ours:
             raise UsageError(f"out: another process is training in {out}")
         if folder is not None and folder.holds_run() and not resume:
@@ -375,6 +375,7 @@ class _Training:
         if not self.config.start <= done <= self.config.steps:
             raise folder.unusable(ValueError(f"it holds {done} losses of {self.config.steps} steps"))
         self.vocabulary = vocabulary_of(folder, state)
+        check_network(folder, state, self.config, self.vocabulary)
         return state
 
     def _continue(self, folder: Folder, state: State) -> None:
@@ -429,6 +430,7 @@ def read_network(out: Path, corpus: Callable[[], Corpus]) -> ConvWave:
     folder = Folder(out)
     state = folder.load()
     config, vocabulary = config_of(folder, state), vocabulary_of(folder, state)
+    check_network(folder, state, config, vocabulary)
     weights = state.best or without_prefix("model", state.tensors)
     some = pack([], vocabulary)
     if not state.best and config.model not in PUBLISHED:
@@ -459,6 +461,22 @@ def vocabulary_of(folder: Folder, state: State) -> Vocabulary:
     try:
         return Vocabulary(state.vocabulary)
     except ValueError as error:
+        raise folder.unusable(error) from None
+
+
+def check_network(folder: Folder, state: State, config: Config, vocabulary: Vocabulary) -> None:
+    """Raises CheckpointError where a state's networks are not those of its configuration, before one is built."""
+    last = without_prefix("model", state.tensors)
+    try:
+        for network in (last, state.best or last):
+            shapes = {name: tuple(tensor.shape) for name, tensor in network.items()}
+            levels = len(config.factors)
+            check_shapes(shapes, len(vocabulary), config.n_embd, [config.n_hidden] * levels, config.factors)
+            for name, tensor in network.items():
+                expected = (last[name].shape, torch.int64 if name.endswith("num_batches_tracked") else torch.float32)
+                if (tensor.shape, tensor.dtype) != expected or len(network) != len(last):
+                    raise ValueError(f"{name}: expected {tuple(expected[0])} of {expected[1]}, as the others")
+    except (KeyError, ValueError) as error:
         raise folder.unusable(error) from None
 
 

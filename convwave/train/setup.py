@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 
 import torch
@@ -12,13 +12,17 @@ from torch import Tensor
 from convwave import reference
 from convwave.convert import from_windowed
 from convwave.data.batches import Plan, StepReader
-from convwave.data.graph import Graph
+from convwave.data.graph import Graph, Rows
 from convwave.data.packing import Packed, Vocabulary
-from convwave.nn import ConvWave
+from convwave.nn import ConvWave, on_device
 from convwave.ops import functional
+from convwave.ops.level import Level, Moments, check_total, track, wide
+from convwave.ops.stack import conv
 from convwave.train.config import Config
 from convwave.train.recipes import PUBLISHED
 from convwave.train.tiers import Activations, Watch
+
+_BLOCK = 2**18  # rows of a graph whose statistics are computed at once
 
 
 def windowed_network(config: Config, vocab_size: int, generator: torch.Generator) -> reference.Sequential:
@@ -43,7 +47,7 @@ def convolution(config: Config, train: Packed, vocabulary: Vocabulary) -> tuple[
     if recipe.batch_of == "windows":  # the weights and the draws of the windowed network, number for number
         net = from_windowed(windowed_network(config, len(vocabulary), generator))
     else:
-        with torch.random.fork_rng(devices=[]):
+        with torch.random.fork_rng(devices=[]), on_device():
             torch.manual_seed(config.seed)
             net = ConvWave(len(vocabulary), config.n_embd, config.n_hidden, config.levels)
     net.vocabulary = vocabulary
@@ -92,15 +96,20 @@ def ready(net: ConvWave, reader: StepReader) -> ConvWave:
 
 
 def recompute_statistics(model: ConvWave, graph: Graph) -> None:
-    """Set the running statistics to the exact ones of a graph, in one pass in training mode.
+    """Set the running statistics to the exact ones of a graph.
 
-    Every module keeps its own mode, and every level its own momentum.
+    In one pass in training mode; level by level in blocks of rows, which keeps memory small, where the graph has more
+    than `_BLOCK` of them. Every module keeps its own mode, and every level its own momentum.
     """
-    modes = {module: module.training for module in model.modules()}
     norms = [block.norm for block in model.layers]
-    momentum = [norm.momentum for norm in norms]
     for norm in norms:
         norm.reset_running_stats()
+    if max(counts.numel() for counts in graph.weights) > _BLOCK:
+        _statistics_by_blocks(model, graph)
+        return
+    modes = {module: module.training for module in model.modules()}
+    momentum = [norm.momentum for norm in norms]
+    for norm in norms:
         norm.momentum = 1.0
     with torch.no_grad():
         model.train()(graph)
@@ -108,6 +117,37 @@ def recompute_statistics(model: ConvWave, graph: Graph) -> None:
         norm.momentum = value
     for module, training in modes.items():
         module.training = training
+
+
+@torch.no_grad()
+def _statistics_by_blocks(model: ConvWave, graph: Graph) -> None:
+    """`recompute_statistics` with no more in memory than the activations of two levels."""
+    x = model.embedding(graph.tokens)
+    for block, rows in zip(model.layers, graph.rows(model.statistics == "windows"), strict=True):
+        level = block.level()._replace(training=True, momentum=1.0)
+
+        def parts(x: Tensor = x, level: Level = level, rows: Rows = rows) -> Iterator[tuple[slice, Tensor]]:
+            for start in range(0, rows.taps.shape[1], _BLOCK):
+                part = slice(start, start + _BLOCK)
+                yield part, wide(conv(x, level.weight.to(x.dtype), rows.taps[:, part]))
+
+        moments = None
+        for part, z in parts():
+            of_part = Moments.of(z, None if rows.counts is None else rows.counts[part])
+            moments = of_part if moments is None else moments.merged(of_part)
+        assert moments is not None
+        check_total(float(moments.total), level.unbiased)
+        var = moments.squares / (moments.total - int(level.unbiased))
+        track(level, moments.mean, var, moments.total)
+        if block.norm.num_batches_tracked is not None:
+            block.norm.num_batches_tracked.add_(1)
+        if block is model.layers[-1]:
+            break  # nothing reads the top activations
+        mean, scale = moments.mean, level.gamma * torch.rsqrt(var + level.eps)
+        above = x.new_empty(rows.taps.shape[1], level.weight.shape[0] // level.activation.parts)
+        for part, z in parts():
+            above[part] = level.activation.value(torch.addcmul(level.beta, z - mean.to(z.dtype), scale.to(z.dtype)))
+        x = above
 
 
 def observe(net: ConvWave, graph: Graph, watch: Watch) -> None:
@@ -142,6 +182,13 @@ def network_state(net: ConvWave, reader: StepReader, optimizers: Iterable[torch.
     return tensors
 
 
+def check_like(name: str, value: Tensor, like: Tensor) -> None:
+    """Raise RuntimeError for a saved tensor of another shape or dtype than the one that it is for."""
+    if (value.shape, value.dtype) != (like.shape, like.dtype):
+        got = f"{tuple(value.shape)} of {value.dtype}"
+        raise RuntimeError(f"{name}: expected {tuple(like.shape)} of {like.dtype}, got {got}")
+
+
 def restore_network(
     state: dict[str, Tensor], net: ConvWave, reader: StepReader, optimizers: Iterable[torch.optim.Optimizer]
 ) -> None:
@@ -159,5 +206,8 @@ def restore_network(
                 values = without_prefix(f"optimizer.{names[parameter]}", state)
                 if not values and not isinstance(optimizer, torch.optim.SGD):  # which keeps nothing between steps
                     raise KeyError(f"no optimizer state of {names[parameter]}")
+                for key, value in values.items():
+                    matrix = parameter.flatten(1) if parameter.ndim > 1 and key == "momentum" else parameter  # Muon's
+                    check_like(key, value, torch.zeros((), device="cpu") if key == "step" else matrix)
                 optimizer.state[parameter] = {key: value.to(parameter.device) for key, value in values.items()}
     reader.generator.set_state(state["generator"])

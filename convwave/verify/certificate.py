@@ -231,7 +231,7 @@ class _Verifier:
         packed = pack(
             [*words, *words[:8], self.vocabulary.symbols[-1], "", *self._made(min(64, most))], self.vocabulary
         )
-        counts = torch.randint(0, 4, (len(packed),), generator=self.generator)
+        counts = torch.randint(0, 4, (len(packed),), generator=self.generator, device="cpu")
         counts[:2] += 1
         for arithmetic in self.arithmetics:
             for title, weights in (("once each", None), ("random counts", counts)):
@@ -316,12 +316,12 @@ class _Verifier:
     def generation(self) -> Iterator[Check]:
         """The last words that `evaluation` saw, letter by letter."""
         packed = self.evaluated
-        words = torch.arange(max(0, packed.num_words - 4000), packed.num_words)
+        words = torch.arange(max(0, packed.num_words - 4000), packed.num_words, device="cpu")
         first = int(packed.cu_seqlens[words[0]])
         lengths = packed.cu_seqlens.diff()[words]
-        columns = torch.arange(int(lengths.max()))
+        columns = torch.arange(int(lengths.max()), device="cpu")
         inside = columns < lengths[:, None]  # (B, T)
-        tokens = torch.zeros(inside.shape, dtype=torch.int64)
+        tokens = torch.zeros(inside.shape, dtype=torch.int64, device="cpu")
         tokens[inside] = packed.tokens[first:]
         for arithmetic in PLAIN:  # there are no kernels for the cache
             dtype = arithmetic.dtype
@@ -351,7 +351,7 @@ class _Verifier:
         ids.append([1 + i % (V - 1) for i in range(2 * self.model.context + 5)] if self.model.context <= 64 else [1])
         packed = pack_ids(ids)
         lengths = packed.cu_seqlens.diff()
-        offset = torch.arange(len(packed)) - torch.repeat_interleave(packed.cu_seqlens[:-1], lengths)
+        offset = torch.arange(len(packed), device="cpu") - torch.repeat_interleave(packed.cu_seqlens[:-1], lengths)
         longest = int(lengths.max())
         steps = range(1, longest)
         model = self._model(Arithmetic(torch.float64)).eval()
@@ -420,7 +420,7 @@ class _Verifier:
         largest_loss = 0.0
         with threads(1):
             for _ in range(steps):
-                drawn = torch.randint(0, len(packed), (batch,), generator=self.generator)
+                drawn = torch.randint(0, len(packed), (batch,), generator=self.generator, device="cpu")
                 expected = reference.sgd_step(mlp, windows.inputs[drawn], windows.targets[drawn], 0.1)
                 graph = select_windows(everything, drawn, packed.targets[drawn]).to(self.device)
                 optimizer.zero_grad()
@@ -525,13 +525,13 @@ class _Verifier:
         rows = literal_rows(len(packed), counts)
         position = int(rows[index])
         if not training:
-            rows, index = torch.tensor([position]), 0
+            rows, index = torch.tensor([position], device="cpu"), 0
         truth, _ = self._references(dtype)
         windows = reference.build_windows(packed, model.context).inputs
         expected = windowed_activations(truth.train(training), windows[rows])
         graph = make(packed, factors=model.factors, counts=counts)
         got = graph_activations(copy.deepcopy(model), graph.to(self.device))
-        nodes = torch.tensor([position if graph.inverse is None else int(graph.inverse[position])])
+        nodes = torch.tensor([position if graph.inverse is None else int(graph.inverse[position])], device="cpu")
         of_level: list[Tensor] = []
         for taps in reversed(graph.taps):
             of_level.insert(0, nodes)
@@ -550,7 +550,7 @@ class _Verifier:
 def _in_chunks(packed: Packed, context: int, evaluate: Callable[[Packed], Tensor]) -> Tensor:
     """(N, V) logits, computed in chunks of words whose windows fit MOST_TOKENS."""
     size = max(1, MOST_TOKENS // context * packed.num_words // len(packed))
-    words = torch.arange(packed.num_words)
+    words = torch.arange(packed.num_words, device="cpu")
     return torch.cat([evaluate(packed.select(part)) for part in words.split(size)])
 
 

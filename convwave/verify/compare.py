@@ -58,7 +58,7 @@ def windowed_step(
 
 
 def literal_rows(positions: int, counts: Tensor | None) -> Tensor:
-    rows = torch.arange(positions)
+    rows = torch.arange(positions, device="cpu")
     return rows if counts is None else rows.repeat_interleave(counts)
 
 
