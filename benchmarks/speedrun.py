@@ -32,7 +32,7 @@ import convwave as cw
 from benchmarks.harness import synchronize
 from benchmarks.results import RESULTS, write_json
 from convwave.cli.console import stderr
-from convwave.runs.registry import device_name, provenance
+from convwave.runs.registry import device_name, package_version, provenance
 from convwave.sweep.statistics import estimate, p_below
 from convwave.train import PUBLISHED, Config, UsageError, available_tiers, begin, fit, threads
 
@@ -219,6 +219,8 @@ def main() -> int:
     words = cw.load_words()
     if not words.is_names_txt:
         parser.error("needs the post's names.txt: 'convwave data fetch'")
+    if package_version("scipy") is None:  # before twenty trainings, not after
+        parser.error("needs SciPy: pip install 'convwave[sweep]'")
     track = TRACKS[args.track]
     recipe = args.recipe or (track.cuda_recipe if args.device.startswith("cuda") else track.recipe)
     try:

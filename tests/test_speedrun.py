@@ -84,6 +84,10 @@ def test_unknown_tiers_are_refused(names_txt: cw.Words, capsys, monkeypatch) -> 
     with pytest.raises(SystemExit, match="2"):
         speedrun.main()
     assert "tier: " in capsys.readouterr().err
+    monkeypatch.setattr(speedrun, "package_version", lambda name: None)
+    with pytest.raises(SystemExit, match="2"):
+        speedrun.main()
+    assert "needs SciPy" in capsys.readouterr().err
 
 
 def test_the_profile_finds_every_part_of_a_training(words: cw.Words) -> None:
