@@ -2,12 +2,14 @@
 # Everything that needs a GPU, in one run on a machine that has one and little else: `make gpu`.
 #
 # It needs Python with torch, triton, numpy, pytest, hypothesis, safetensors, rich and matplotlib, and no network. It makes
-# the checkout importable, runs the GPU tests, the speedrun (needs the post's names.txt and SciPy), then all studies, within
-# nine minutes, and writes to the folder $OUT (default benchmarks/results/gpu) tests.txt, studies.txt, the studies' files,
-# report.html and speedrun-cuda.json. Whatever stops it, the files hold what was done until then. Every study is a process
-# of its own: after a CUDA error nothing more runs in the process that met it. Exit status: 0 if tests and checks passed.
+# the checkout importable, asks whether the kernels' bits are always the same, runs the GPU tests side by side, the speedrun
+# (needs the post's names.txt and SciPy), then all studies, within nine minutes, and writes to the folder $OUT (default
+# benchmarks/results/gpu) tests.txt, studies.txt, the studies' files, report.html and speedrun-cuda.json. Whatever stops it,
+# the files hold what was done until then. Every study is a process of its own: after a CUDA error nothing more runs in the
+# process that met it. Exit status: 0 if tests and checks passed.
 #
-# Environment: PYTHON (python3), DEVICE (cuda), SECONDS_IN_ALL (530), TESTS (files for pytest), OPTIONS (of the studies).
+# Environment: PYTHON (python3), DEVICE (cuda), SECONDS_IN_ALL (530), TESTS (files for pytest), SHARDS (processes of tests, at
+# most 8), OPTIONS (of the studies).
 
 root=$(cd "$(dirname "$0")/.." && pwd) && cd "$root" || exit 2
 python=${PYTHON:-python3} device=${DEVICE:-cuda} seconds=${SECONDS_IN_ALL:-530}
@@ -25,7 +27,7 @@ torch.empty(0, device=sys.argv[1])' "$device" 2>&1) || {
   echo "gpu: needs device $device and the packages listed in benchmarks/gpu.sh: $(echo "$missing" | tail -n 1)" >&2
   exit 2
 }
-mkdir -p "$out" && rm -f "$out/tests.txt" "$out/studies.txt"
+mkdir -p "$out" && rm -f "$out"/tests*.txt "$out/studies.txt"
 ends=$(($(date +%s) + seconds)) failed=0
 
 limited() { # SECONDS LOG COMMAND..: the command, its output at the end of the log; 124 where the time was up
@@ -36,8 +38,26 @@ limited() { # SECONDS LOG COMMAND..: the command, its output at the end of the l
   return $status
 }
 
-limited $((seconds * 35 / 100)) tests.txt "$python" -m pytest -v --tb=short -p no:cacheprovider -o addopts= $tests
-case $? in 0) echo "tests: passed" ;; 5) echo "tests: none selected" ;; *) echo "tests: FAILED or cut short" && failed=1 ;; esac
+[ "$device" = cpu ] || if limited $((seconds * 15 / 100)) tests.txt "$python" -m benchmarks.first; then
+  echo "bits: always the same"
+else
+  echo "bits: WRONG or cut short, see tests.txt" && failed=1
+fi
+# side by side, since compilation is most of their time
+cores=$(nproc)
+shards=${SHARDS:-$((cores < 8 ? cores : 8))} shard=0 jobs= worst=5
+while [ $shard -lt "$shards" ]; do
+  limited $((seconds * 35 / 100)) "tests-$shard.txt" env CONVWAVE_SHARD="$shard/$shards" \
+    "$python" -m pytest -v --tb=short -p no:cacheprovider -p tests.shard -o addopts= $tests &
+  jobs="$jobs $!" shard=$((shard + 1))
+done
+for job in $jobs; do
+  wait "$job"
+  status=$?
+  case $status in 5) ;; 0) [ $worst -ne 5 ] || worst=0 ;; *) worst=$status ;; esac
+done
+cat "$out"/tests-*.txt >> "$out/tests.txt" && rm "$out"/tests-*.txt
+case $worst in 0) echo "tests: passed" ;; 5) echo "tests: none selected" ;; *) echo "tests: FAILED or cut short" && failed=1 ;; esac
 limited $((seconds * 15 / 100)) studies.txt "$python" -m benchmarks.speedrun --device "$device" --out "$out" \
   && echo "speedrun: done" || echo "speedrun: no time, see studies.txt"
 parts=0

@@ -574,6 +574,14 @@ class ConvWave(nn.Module):
     def num_parameters(self) -> int:
         return sum(p.numel() for p in self.parameters())
 
+    @property
+    def plain(self) -> bool:
+        """Whether nobody watches or has replaced a module, so that none of them needs to be called."""
+        types = type(self).forward, type(self.embedding), type(self.head), *map(type, self.blocks)
+        own = types == (ConvWave.forward, nn.Embedding, nn.Linear, *[ConvBatchNormTanh] * self.levels)
+        parts = (self, self.embedding, self.head, *self.blocks)
+        return own and all(block.fused for block in self.layers) and not any(map(_hooked, parts))
+
     def forward(self, graph: Graph) -> Tensor:
         """Logits (graph.num_rows, V) of every top row of the graph.
 

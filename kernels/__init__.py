@@ -7,6 +7,7 @@ In reading order:
 - activate.py: the end of a stack, BatchNorm + activation by itself, and the gradient that enters there;
 - backward.py: one level: gradients of the rows below, of the matrices, and the sums that BatchNorm's gradient needs;
 - stack.py: launches them for a whole stack; what they compute is `convwave.ops.stack`;
+- score.py: all levels and the head of whole names in one launch, in evaluation mode;
 - configs.py: tile sizes by shape.
 
 The dialect: ``i_*`` program ids, ``o_*`` offset vectors, ``m_*`` masks, ``b_*`` tiles in registers, ``B*`` tile sizes;

@@ -42,6 +42,7 @@ from .primitives import (
     is_last,
     load_counts,
     norm,
+    operand,
 )
 
 if TYPE_CHECKING:
@@ -171,7 +172,7 @@ def conv_backward_kernel(
     counts_ptr,  # (N,) or None
     stats_ptr,  # (5, H)
     sums_ptr,  # (4, H) or None
-    w_ptr,  # (K, H, C)
+    w_ptr,  # (K, H, C), or (K, C, H): see stride_h
     x_ptr,  # (M, C) pre-activations or, without below, activations
     below_ptr,  # (5, C) or None
     below_beta_ptr,  # (C,) or None
@@ -186,6 +187,8 @@ def conv_backward_kernel(
     M,
     N,
     stride_x: tl.constexpr,
+    stride_h: tl.constexpr,  # of the matrices: 1 for matrix units, which want numbers that are summed side by side
+    stride_c: tl.constexpr,
     C: tl.constexpr,
     H: tl.constexpr,
     K: tl.constexpr,
@@ -204,7 +207,6 @@ def conv_backward_kernel(
     i_p, i_c = tl.program_id(0), tl.program_id(1)
     programs = tl.num_programs(0)
     store: tl.constexpr = x_ptr.dtype.element_ty
-    dtype: tl.constexpr = tl.float32 if WIDEN else store
     o_c = i_c * BC + tl.arange(0, BC)
     m_c = o_c < C
     o_wide = tl.zeros([BR], dtype=tl.int64)
@@ -224,6 +226,7 @@ def conv_backward_kernel(
                 b_h = BELOW_ACTIVATION(norm(b_x, below_ptr, below_beta_ptr, o_c, m_c, C))
             else:
                 b_h = b_x
+            b_h = operand(b_h, store, PRECISION, WIDEN)
         for j in tl.static_range(K):
             for i_h in range(0, H, BH):
                 o_h = i_h + tl.arange(0, BH)
@@ -232,15 +235,16 @@ def conv_backward_kernel(
                     g_ptr, z_ptr, counts_ptr, stats_ptr, sums_ptr, ranges_ptr, order_ptr, blocks_ptr, j, o_r, m_r,
                     o_h, m_h, M, N, H, K, BLOCK, BR, BH,
                 )  # [BR, BH]  # fmt: skip
-                b_g = b_g.to(store).to(dtype)
-                p_w = w_ptr + j * (H * C) + o_h[:, None] * C + o_c[None, :]
-                b_w = tl.load(p_w, mask=m_h[:, None] & m_c[None, :], other=0).to(store).to(dtype)  # [BH, BC]
+                b_g = operand(b_g, store, PRECISION, WIDEN)
+                p_w = w_ptr + j * (H * C) + o_h[:, None] * stride_h + o_c[None, :] * stride_c
+                b_w = tl.load(p_w, mask=m_h[:, None] & m_c[None, :], other=0)  # [BH, BC]
+                b_w = operand(b_w, store, PRECISION, WIDEN)
                 b_dx = tl.dot(b_g, b_w, b_dx, input_precision=PRECISION)
                 if dw_ptr is not None:
                     if j == 0:
-                        b_dw0 = tl.dot(tl.trans(b_g), b_h.to(store).to(dtype), b_dw0, input_precision=PRECISION)
+                        b_dw0 = tl.dot(tl.trans(b_g), b_h, b_dw0, input_precision=PRECISION)
                     else:
-                        b_dw1 = tl.dot(tl.trans(b_g), b_h.to(store).to(dtype), b_dw1, input_precision=PRECISION)
+                        b_dw1 = tl.dot(tl.trans(b_g), b_h, b_dw1, input_precision=PRECISION)
         if below_ptr is not None:
             b_x = tl.load(x_ptr + o_r[:, None] * stride_x + o_c[None, :], mask=m_x, other=0).to(tl.float32)
             b_y = norm(b_x, below_ptr, below_beta_ptr, o_c, m_c, C)
@@ -297,7 +301,6 @@ def conv_weight_kernel(
     o_c = i_w % tiles_c * BC + tl.arange(0, BC)
     m_h, m_c = o_h < H, o_c < C
     store: tl.constexpr = x_ptr.dtype.element_ty
-    dtype: tl.constexpr = tl.float32 if WIDEN else store
     o_wide = tl.zeros([BT], dtype=tl.int64)
     b_scale = tl.load(stats_ptr + SCALE * H + o_h, mask=m_h, other=0)
     b_dw = tl.zeros([BH, BC], dtype=tl.float32)
@@ -310,8 +313,8 @@ def conv_weight_kernel(
         if below_ptr is not None:
             b_x = BELOW_ACTIVATION(norm(b_x.to(tl.float32), below_ptr, below_beta_ptr, o_c, m_c, C))
         b_d = gradient_of_z(g_ptr, z_ptr, counts_ptr, stats_ptr, sums_ptr, o_t, m_t, o_h, m_h, H)
-        b_d = (b_d * b_scale[None, :]).to(store).to(dtype)  # [BT, BH]
-        b_dw = tl.dot(tl.trans(b_d), b_x.to(store).to(dtype), b_dw, input_precision=PRECISION)
+        b_d = operand(b_d * b_scale[None, :], store, PRECISION, WIDEN)  # [BT, BH]
+        b_dw = tl.dot(tl.trans(b_d), operand(b_x, store, PRECISION, WIDEN), b_dw, input_precision=PRECISION)
     p_w = dw_ptr + (i_p * tl.num_programs(1) + j) * (H * C) + o_h[:, None] * C + o_c[None, :]
     tl.store(p_w, b_dw, mask=m_h[:, None] & m_c[None, :])
 
@@ -388,6 +391,7 @@ def conv_backward(
         )
     tiles = triton.cdiv(C, launch.columns)
     programs = launch.programs(triton.cdiv(M, launch.rows), tiles, device)
+    along_h = precision != "ieee" or x.dtype != torch.float32
     dx = torch.empty(M, C, dtype=x.dtype, device=device)
     below_sums = None
     if below is not None:
@@ -400,7 +404,7 @@ def conv_backward(
         rows.counts,
         stats,
         through,
-        by_tap(level.weight, x.dtype),
+        by_tap(level.weight.transpose(0, 1) if along_h else level.weight, x.dtype),
         x,
         below[1] if below is not None else None,
         below[0].beta.contiguous() if below is not None else None,
@@ -415,6 +419,8 @@ def conv_backward(
         M,
         N,
         x.stride(0),
+        stride_h=1 if along_h else C,
+        stride_c=H if along_h else 1,
         C=C,
         H=H,
         K=K,

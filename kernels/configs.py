@@ -116,15 +116,23 @@ def forward_launch(C: int, H: int, dtype: torch.dtype, precision: str, device: t
     return Launch(rows, depth, columns, warps=8 if columns == 128 else 4, stages=stages)
 
 
+def score_launch(width: int, dtype: torch.dtype, precision: str, device: torch.device) -> Launch:
+    """For `score_names`: columns beyond 64 in a second tile where that is less than 128 in one, or spills less."""
+    ieee = dtype == torch.float32 and precision == "ieee"
+    columns = 64 if 64 < width <= 96 or ieee else 128
+    columns = min(columns, _pad(width, 16, 128))
+    return Launch(128, 16, columns, warps=8, stages=_stages(dtype, precision, device), per_sm=1)
+
+
 def elementwise_launch(C: int) -> Launch:
     """For `norm_activate_forward` and `norm_activate_backward`: 4,096 numbers a tile."""
     columns = _pad(C, 16, 128)
     return Launch(64 if interpreting() else 4096 // columns, 0, columns, per_sm=4)
 
 
-# Rows of the largest `conv_backward` tile (64 columns) that holds the gradients of both matrices without spilling on
-# sm_90: by precision ("half" is bfloat16 and float16) and by channels H, rounded up. On sm_80 and gfx942
-# even the smallest ones spill.
+# Rows of a `conv_backward` tile of 64 columns that holds the gradients of both matrices and spills nothing on sm_90, by
+# precision ("half" is bfloat16 and float16) and by channels H, rounded up; what is not here spills. With three TF32
+# products and 128 channels it is 72 to 88 bytes (16 rows), on sm_80 at least 128: benchmarks/LOG.md.
 _FUSED_ROWS = {
     ("ieee", 64): 16,
     ("tf32x3", 64): 16,
@@ -155,6 +163,9 @@ def weight_launch(C: int, H: int, dtype: torch.dtype, precision: str, device: to
         return Launch(64, _pad(H, 16, 64), _pad(C, 16, 128))
     if dtype == torch.float32 and precision == "ieee":
         return Launch(16, _pad(H, 16, 64), _pad(C, 16, 64))
-    columns, depth = _pad(C, 16, 128), _pad(H, 16, 64)
+    single = dtype == torch.float32
+    wide = has_wgmma(device) or (single and precision == "tf32")  # more spills: tf32x3 on sm_80, bfloat16 on gfx942
+    columns, depth = _pad(C, 16, 128), _pad(H, 16, 128 if wide else 64)
     stages = _stages(dtype, precision, device)
-    return Launch(32, depth, columns, warps=8 if depth * columns > 64 * 64 else 4, stages=stages)
+    rows = 16 if single and depth == columns == 128 else 32
+    return Launch(rows, depth, columns, warps=8 if depth * columns > 64 * 64 else 4, stages=stages)

@@ -20,7 +20,7 @@ from torch import Tensor
 from convwave.data.graph import Rows
 
 from .configs import Launch, by_tap, forward_launch, interpreting
-from .primitives import ACTIVATIONS, finish_statistics, is_last, load_counts, merge_statistics, norm
+from .primitives import ACTIVATIONS, finish_statistics, is_last, load_counts, merge_statistics, norm, operand
 
 if TYPE_CHECKING:
     from convwave.ops.level import Level
@@ -50,7 +50,7 @@ def conv_forward_kernel(
     ACTIVATION: tl.constexpr,  # None: write z; else activation(batchnorm(z))
     UNBIASED: tl.constexpr,
     PRECISION: tl.constexpr,
-    WIDEN: tl.constexpr,  # multiply in float32 for every storage type
+    WIDEN: tl.constexpr,  # in the interpreter: multiply in float32 for every storage type
     BT: tl.constexpr,
     BC: tl.constexpr,
     BH: tl.constexpr,
@@ -80,9 +80,8 @@ def conv_forward_kernel(
                 b_x = BELOW_ACTIVATION(norm(b_x.to(tl.float32), below_ptr, below_beta_ptr, o_c, m_c, C))
             p_w = w_ptr + j * (H * C) + o_c[:, None] + o_h[None, :] * C
             b_w = tl.load(p_w, mask=m_c[:, None] & m_h[None, :], other=0)  # [BC, BH]
-            dtype: tl.constexpr = tl.float32 if WIDEN else x_ptr.dtype.element_ty
-            b_x = b_x.to(x_ptr.dtype.element_ty).to(dtype)
-            b_w = b_w.to(x_ptr.dtype.element_ty).to(dtype)
+            b_x = operand(b_x, x_ptr.dtype.element_ty, PRECISION, WIDEN)
+            b_w = operand(b_w, x_ptr.dtype.element_ty, PRECISION, WIDEN)
             b_z = tl.dot(b_x, b_w, b_z, input_precision=PRECISION)
         m_z = m_t[:, None] & m_h[None, :]
         if ACTIVATION is not None:

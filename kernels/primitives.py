@@ -73,6 +73,33 @@ def load_counts(counts_ptr, o_n, m_n):
 
 
 @triton.jit
+def to_tf32(b_x, BITS: tl.constexpr):
+    """float32 -> the nearest TF32 (10 bits of mantissa), ties away from 0; matrix units by themselves drop bits.
+
+    BITS: by integer arithmetic, for the interpreter, which has no inline PTX: there it is one instruction instead of 4.
+    """
+    if BITS:
+        bits = b_x.to(tl.int32, bitcast=True)
+        b_near = ((bits + 0x1000) & -0x2000).to(tl.float32, bitcast=True)
+        b_near = tl.where(tl.abs(b_x) < float("inf"), b_near, b_x)
+    else:
+        convert: tl.constexpr = "cvt.rna.tf32.f32 $0, $1;"
+        b_near = tl.inline_asm_elementwise(convert, "=r,r", [b_x], dtype=tl.float32, is_pure=True, pack=1)
+    return b_near
+
+
+@triton.jit
+def operand(b_x, STORE: tl.constexpr, PRECISION: tl.constexpr, WIDEN: tl.constexpr):
+    """A factor of a product, rounded to what is stored or, for "tf32", to TF32; for "tf32x3" triton itself rounds."""
+    b_x = b_x.to(STORE)
+    if PRECISION == "tf32":
+        b_x = to_tf32(b_x, WIDEN)
+    if WIDEN:
+        b_x = b_x.to(tl.float32)
+    return b_x
+
+
+@triton.jit
 def merge_statistics(n, b_mean, b_m2, n_new, b_mean_new, b_m2_new):
     """Chan's update: count, means and sums of squared deviations of two sets of rows -> of both."""
     total = n + n_new

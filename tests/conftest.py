@@ -10,12 +10,16 @@ import pytest
 import torch
 from hypothesis import settings
 
-if (
+if os.environ.get("CONVWAVE_PTX"):  # sm_80 or sm_90: kernels are compiled for it and executed by tests/ptx
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
+elif (
     not torch.cuda.is_available()
 ):  # read when triton is first imported: kernels then run in its interpreter, on CPU tensors
     os.environ["TRITON_INTERPRET"] = "1"
 
 import convwave as cw
+
+pytest_plugins = ["tests.ptx.plugin"] if os.environ.get("CONVWAVE_PTX") else []
 
 # Planted faults (mutation.py) must be caught by the same examples every time; elsewhere examples are new in every run.
 settings.register_profile("default", deadline=None)

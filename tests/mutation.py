@@ -37,8 +37,10 @@ PATIENCE = 3600  # seconds for a process that does not even compute
 # Where to look for a fault that MUTANTS.md names no test for: by the beginning of its module's name, test files,
 # without "test_", what is likely to see it first.
 _FILES = {
+    "data.packing": "graph batches data evaluation frozen per_level equivalence",
     "data": "graph batches data frozen per_level equivalence distribution",
     "ops.functional": "ops per_level nn equivalence",
+    "ops.library": "per_level nn ops evaluation equivalence closed_form",
     "ops.stack": "per_level equivalence kernels ops nn",
     "ops": "per_level equivalence nn ops closed_form",
     "kernels": "per_level kernels",
@@ -62,6 +64,8 @@ _SLOW = ["tiers_end_at_the_same_losses", "killed"]
 
 def tests_for(module: str) -> list[str]:
     """Arguments of pytest."""
+    if module == "kernels.score":
+        return ["tests/test_score_names.py", "-k", "longer_than or numbers_of_names or vocabularies or real_names"]
     names = next((names for prefix, names in _FILES.items() if module.startswith(prefix)), _ALL)
     files = [f"tests/test_{name}.py" for name in names.split()]
     return ["tests/test_training.py::test_schedules", *files, "-k", f"not ({' or '.join(_SLOW)})"]
@@ -555,6 +559,20 @@ MUTANTS += [
     Mutant("kernel: finished by the first program", "kernels.primitives", "== programs - 1", "== 0"),
     Mutant("kernel: biased for unbiased", "kernels.primitives", "b_var = b_m2 / (n - 1)", "b_var = b_m2 / n"),
     Mutant("kernel: a tanh that is 1e-4 off", "kernels.primitives", "+ s * 0.01643758", "+ s * 0.02"),
+    Mutant("kernel: TF32 operands truncated", "kernels.primitives", "(bits + 0x1000) & -0x2000", "bits & -0x2000"),
+    Mutant("kernel: a NaN rounded to 0", "kernels.primitives", 'tl.abs(b_x) < float("inf")', "b_x != 0"),
+    Mutant(
+        "kernel: rows not rounded to TF32",
+        "kernels.forward",
+        "b_x = operand(b_x, x_ptr.dtype.element_ty, PRECISION, WIDEN)",
+        'b_x = operand(b_x, x_ptr.dtype.element_ty, "ieee", WIDEN)',
+    ),
+    Mutant(
+        "kernel: collected gradients not rounded to TF32",
+        "kernels.backward",
+        "b_g = operand(b_g, store, PRECISION, WIDEN)",
+        'b_g = operand(b_g, store, "ieee", WIDEN)',
+    ),
     Mutant("kernel: weights ignored in the backward pass", "kernels.backward", "b_w * (b_center", "1.0 * (b_center"),
     Mutant(
         "kernel: no gradient through the variance",
@@ -789,6 +807,38 @@ MUTANTS += [
         "kernels.forward",
         "/ tl.maximum(n_new, 1e-30)",
         "/ n_new",
+    ),
+    Mutant("whole names: one dilation for all levels", "kernels.score", "dilation *= K", "dilation *= 1"),
+    Mutant("whole names: dilations begin at 1", "kernels.score", "dilation = K0", "dilation = 1"),
+    Mutant("whole names: taps swapped", "kernels.score", "(level * K + j) *", "(level * K + K - 1 - j) *"),
+    Mutant(
+        "whole names: taps reach into the name before",
+        "kernels.score",
+        "tl.minimum(b_age, (K - 1 - j) * dilation)",
+        "((K - 1 - j) * dilation + tl.zeros_like(b_age))",
+    ),
+    Mutant("whole names: the halo is a row short", "kernels.score", "longest or N, N) - 1", "longest or N, N) - 2"),
+    Mutant("whole names: the halo is written", "kernels.score", "m_n &= o_t >= halo", "m_n &= o_t >= 0"),
+    Mutant("whole names: both taps are the newest", "kernels.score", "tl.maximum(o_t - b_back, 0)", "o_t"),
+    Mutant("whole names: one shift for all levels", "kernels.score", "shift_ptr + level * W", "shift_ptr"),
+    Mutant(
+        "whole names: no shift beyond 64 columns", "kernels.score", "b_ze + tl.load(p_shift + o_e)[None, :]", "b_ze"
+    ),
+    Mutant("whole names: no bias", "kernels.score", "b_y += tl.load(bias_ptr + o_v)[None, :]", "b_y += 0"),
+    Mutant("whole names: tokens beyond the last count", "kernels.score", "value=-math.inf", "value=0.0"),
+    Mutant("whole names: the next token's loss", "kernels.score", "== b_target[:, None]", "== b_target[:, None] + 1"),
+    Mutant(
+        "whole names: contexts in another order",
+        "ops.library",
+        "torch.arange(factors[0] - 1, -1, -1, device=embedding.device)",
+        "torch.arange(factors[0], device=embedding.device)",
+    ),
+    Mutant("whole names: a watched head is passed over", "infer.score", "kernels and model.plain and", "kernels and"),
+    Mutant(
+        "whole names: names begin a position early",
+        "data.packing",
+        "device=starts.device) - starts)",
+        "device=starts.device) - starts + 1)",
     ),
 ]
 

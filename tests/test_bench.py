@@ -655,7 +655,7 @@ def gpu(python: str, out: Path, seconds: int = 530) -> subprocess.CompletedProce
     fake = out.parent / "python"
     fake.write_text(f"#!/bin/sh\n[ $1 = -c ] && exit 0\n{python}\n")
     fake.chmod(0o755)
-    environment = {**os.environ, "PYTHON": str(fake), "OUT": str(out), "SECONDS_IN_ALL": str(seconds)}
+    environment = {**os.environ, "PYTHON": str(fake), "OUT": str(out), "SECONDS_IN_ALL": str(seconds), "SHARDS": "2"}
     return subprocess.run([GPU], env=environment, capture_output=True, text=True)
 
 
@@ -663,7 +663,9 @@ def test_the_gpu_script_runs_tests_and_every_study_and_says_what_failed(tmp_path
     out = tmp_path / "out"
     done = gpu(f'echo "$@" >> {tmp_path}/calls', out)
     assert done.returncode == 0, done.stderr
-    pytest_run, speedrun, *studies, last = (tmp_path / "calls").read_text().splitlines()
+    first, pytest_run, other, speedrun, *studies, last = (tmp_path / "calls").read_text().splitlines()
+    assert first == "-m benchmarks.first"
+    assert other == pytest_run
     files = [word for word in pytest_run.split() if word.endswith(".py")]
     assert len(files) == 5
     assert all((GPU.parent.parent / file).is_file() for file in files)
@@ -677,14 +679,28 @@ def test_the_gpu_script_runs_tests_and_every_study_and_says_what_failed(tmp_path
     assert failing.returncode == 1
     assert "train: wrong or cut short" in failing.stdout
     assert "names: done" in failing.stdout
-    assert (out / "tests.txt").read_text() == "wrong\n"
+    assert (out / "tests.txt").read_text() == 3 * "wrong\n"
 
 
 def test_the_gpu_script_kills_what_takes_too_long_and_keeps_its_log(tmp_path: Path) -> None:
     done = gpu("echo began; exec sleep 60", tmp_path / "out", seconds=6)
     assert done.returncode == 1
-    assert (tmp_path / "out/tests.txt").read_text() == "began\nstopped after 2 s\n"
+    killed = "began\nstopped after {} s\n"
+    assert (tmp_path / "out/tests.txt").read_text() == killed.format(1) + 2 * killed.format(2)
     assert done.stdout.count("wrong or cut short") == len(STUDIES)
+
+
+@pytest.mark.parametrize(("failing", "status"), [(None, 0), (3, 1)])
+def test_the_gpu_script_runs_each_test_once(failing: int | None, status: int, tmp_path: Path) -> None:
+    """Side by side: the worst outcome is the outcome."""
+    tests = "".join(f"def test_{i}(): assert {i} != {failing}\n" for i in range(5))
+    (tmp_path / "test_few.py").write_text(tests)
+    instead = f"-m pytest -v -p tests.shard -c {os.devnull} {tmp_path}/test_few.py"
+    done = gpu(f"[ $2 = pytest ] || exit 0\nexec {sys.executable} {instead}", tmp_path / "out")
+    assert done.returncode == status
+    outcomes = re.findall(r"::test_(\d) (PASSED|FAILED)", (tmp_path / "out/tests.txt").read_text())
+    assert sorted(outcomes) == [(str(i), "FAILED" if i == failing else "PASSED") for i in range(5)]
+    assert [path.name for path in (tmp_path / "out").glob("tests*")] == ["tests.txt"]
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="for machines without a CUDA device")

@@ -19,6 +19,7 @@ import torch
 
 import convwave as cw
 from convwave import cli
+from convwave.cli import checkout
 from convwave.data import words as data
 from convwave.files import read_tensors, write_tensors
 from convwave.runs.folder import STATE_FILE, STATE_FORMAT
@@ -708,13 +709,13 @@ def test_what_needs_no_torch_imports_none(arguments: list[str]) -> None:
 
 def test_bench_is_a_child_process_of_the_checkout(tmp_path: Path, capfd, monkeypatch) -> None:
     """What `convwave bench` passes on and returns, whatever is in the current folder."""
-    package = tmp_path / "checkout/convwave/cli/main.py"
+    package = tmp_path / "checkout/convwave/cli/checkout.py"
     benchmarks = tmp_path / "checkout/benchmarks"
     benchmarks.mkdir(parents=True)
     (tmp_path / "checkout/setup.py").write_text("")
     (tmp_path / "benchmarks.py").write_text("raise SystemExit(9)")
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys.modules["convwave.cli.main"], "__file__", str(package))
+    monkeypatch.setattr(checkout, "__file__", str(package))
     assert cli.main(["bench", "--list"]) == 2
     assert capfd.readouterr().err.startswith("convwave: bench: needs a checkout of convwave")
     (benchmarks / "__main__.py").write_text("import os, sys\nprint(sys.argv[1:], os.getcwd())\nsys.exit(3)\n")

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
+from operator import itemgetter
+from unittest.mock import MagicMock
 
 import pytest
 import torch
@@ -68,6 +71,21 @@ def test_a_rehearsal_leaves_no_trace(packed: cw.Packed, vocab: cw.Vocabulary, do
     assert rehearsed.steps(done, 12) == plain.steps(done, 12)
     for ours, theirs in zip(rehearsed.net.state_dict().values(), plain.net.state_dict().values(), strict=True):
         assert torch.equal(ours, theirs)
+
+
+def test_adam_is_capturable_while_it_is_captured(
+    packed: cw.Packed, vocab: cw.Vocabulary, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Torch warns of a step that is capturable and not captured, and refuses a captured one that is not."""
+    run = GraphedRun(config(), packed, vocab)
+    seen: list[list[bool]] = []
+    capturable = partial(map, itemgetter("capturable"))
+    monkeypatch.setattr(run, "_step", lambda: seen.append([*capturable(run.optimizers[1].param_groups)]))
+    for name in ("CUDAGraph", "Stream", "current_stream", "graph", "stream"):
+        monkeypatch.setattr(torch.cuda, name, MagicMock())
+    for _ in range(2):  # again after a restart
+        run._capture()
+    assert seen == 2 * [[False], [False], [True]]
 
 
 class _Watch(TorchDispatchMode):

@@ -10,6 +10,7 @@ from __future__ import annotations
 import itertools
 import random
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import pytest
@@ -17,6 +18,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import convwave as cw
 from convwave.data.graph import Consumers, Rows, find_consumers
@@ -28,11 +30,10 @@ tl = pytest.importorskip("triton.language")
 
 from convwave.kernels import activate, backward, configs, forward, stack  # noqa: E402
 from convwave.kernels.configs import Launch, interpreting  # noqa: E402
-from convwave.kernels.primitives import tanh  # noqa: E402
+from convwave.kernels.primitives import tanh, to_tf32  # noqa: E402
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 PRECISIONS = ["ieee"] if interpreting() else ["ieee", "tf32x3"]
-LOOSE = [] if interpreting() else ["tf32"]
 CANARY = 12345.0
 FENCE = 64
 UNIT = {torch.float32: 2.0**-24, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}
@@ -179,7 +180,9 @@ def with_twin(p: Problem) -> list[Tensor]:
 
 def check(p: Problem, precision: str = "ieee", results: int | None = None) -> None:
     """Kernels have at most four times the twin's error in the same precision; both against float64."""
-    truth, plain, got = with_twin(p.double()), with_twin(p), with_kernels(p, precision)
+    truth, got = with_twin(p.double()), with_kernels(p, precision)
+    with RoundedProducts() if precision == "tf32" else nullcontext():
+        plain = with_twin(p)
     longest = max(
         p.x.shape[0], *(rows.taps.shape[1] for rows in p.rows), *(level.weight[0].numel() for level in p.levels)
     )
@@ -497,17 +500,75 @@ def test_no_gradient_of_x_where_nobody_asks() -> None:
             torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.gpu
-@pytest.mark.parametrize("precision", LOOSE)
-def test_tf32(precision: str) -> None:
-    """As PyTorch's own TF32."""
-    packed = words_of([3, 9, 0, 14] * 20)
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("high")
-    try:
-        check(of_graph(cw.dense_graph(packed, 2, random_counts(packed)), [64, 128, 128]), precision)
-    finally:
-        torch.set_float32_matmul_precision(before)
+def nearest_tf32(x: Tensor) -> Tensor:
+    """float32 rounded to 11 significant bits, ties away from 0; what is below 2^-126 in steps of 2^-136."""
+    _, exponent = torch.frexp(x)
+    step = torch.ldexp(torch.ones_like(x, dtype=torch.float64), exponent.clamp(min=-125) - 11)
+    rounded = x.double().sign() * torch.floor(x.double().abs() / step + 0.5) * step
+    return torch.where(x.isfinite(), rounded.float(), x)
+
+
+class RoundedProducts(TorchDispatchMode):
+    """Matrix products as TF32 units compute them: operands rounded to nearest, exact products, float32 sums."""
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        if function in (torch.ops.aten.mm.default, torch.ops.aten.addmm.default):
+            args = (*args[:-2], *(nearest_tf32(factor) for factor in args[-2:]))
+        return function(*args, **(kwargs or {}))
+
+
+def test_tf32_is_the_nearest() -> None:
+    @triton.jit
+    def kernel(x_ptr, y_ptr, BITS: tl.constexpr, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+        o = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+        tl.store(y_ptr + o, to_tf32(tl.load(x_ptr + o), BITS))
+
+    generator = torch.Generator().manual_seed(0)
+    numbers = torch.randint(2**23, 0x7F800000, (2**12,), generator=generator, dtype=torch.int32)  # of every exponent
+    numbers[:1024] = numbers[:1024] & -0x2000 | 0x1000  # halfway
+    numbers[1024:2048] = numbers[1024:2048] & -0x2000 | 0x0FFF
+    # 0, the largest number, infinity, and the NaN that GPUs make
+    numbers[-4:] = torch.tensor([0, 0x7F7FFFFF, 0x7F800000, 0x7FFFFFFF], dtype=torch.int32)
+    x = torch.cat([numbers.view(torch.float32), -numbers.view(torch.float32)]).to(DEVICE)
+    y = torch.zeros_like(x)
+    kernel[(2,)](x, y, BITS=interpreting(), BLOCK=len(x) // 2)
+    torch.testing.assert_close(y, nearest_tf32(x), rtol=0, atol=0, equal_nan=True)
+    assert float(y[-3].abs()) == float("inf")
+
+
+def assert_product(got: Tensor, terms: int, *factors: tuple[Tensor, Tensor]) -> None:
+    """A sum of products of operands rounded to TF32: a unit in the last place of float32 for each term."""
+    pairs = [(nearest_tf32(a).double(), nearest_tf32(b).double()) for a, b in factors]
+    expected, most = (sum((f(a) @ f(b) for a, b in pairs), torch.tensor(0.0)) for f in (torch.positive, torch.abs))
+    assert bool(((got.double() - expected).abs() <= terms * 2.0**-23 * most).all())
+
+
+@pytest.mark.parametrize("fused", [True, False])
+def test_tf32_multiplies_rounded_numbers(fused: bool) -> None:
+    """Of one level, whose gradient in front of the activation is that of z, and whose every row is read once a tap."""
+    C, H, N = 68, 40, 90
+    generator = torch.Generator().manual_seed(0)
+    taps = torch.stack([torch.randperm(N, generator=generator) for _ in range(2)])
+    p = problem([taps], N, [C, H], training=[False])
+    (level,), (rows,) = p.levels, p.rows
+    z, stats = forward.conv_forward(p.x, level, rows, precision="tf32")
+    assert_product(z, 2 * C, *((p.x[tap], level.weight[:, :, j].T) for j, tap in enumerate(rows.taps)))
+
+    stats = torch.ones_like(stats)  # of which the gradient takes the scale
+    launch = Launch(16, 64, 64, warps=8, stages=1, fused=True) if fused else Launch(64, 32, 128, warps=8)
+    ours = backward.conv_backward(p.dh, z, level, stats, stats, p.x, rows, precision="tf32", launch=launch)
+    assert ours.dx is not None
+    gathered = [p.dh[tap.argsort()] for tap in rows.taps]
+    assert_product(ours.dx, 2 * H, *((g, level.weight[:, :, j]) for j, g in enumerate(gathered)))
+    for j, tap in enumerate(rows.taps):
+        assert_product(ours.dweight[:, :, j], N, (p.dh.T, p.x[tap]))
+
+
+@pytest.mark.parametrize("make", [cw.dense_graph, cw.distinct_graph])
+def test_tf32(make: Callable[..., cw.Graph]) -> None:
+    """The twin rounds the operands of its products as the kernels do; both against float64."""
+    packed = words_of([3, 9, 0, 14] * 5)
+    check(of_graph(make(packed, 2, random_counts(packed)), [64, 68, 128]), "tf32")
 
 
 def test_precision_names() -> None:

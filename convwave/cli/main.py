@@ -213,6 +213,8 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument("--device", default="cpu", help="cpu (default), cuda, ...")
     p.add_argument("--seed", type=_whole(0, 2**64 - 1), default=0, help="of the networks and batches (default: 0)")
     p.add_argument("--out", type=_path, default=RUNS / "verify", metavar="DIR", help="for the certificate")
+    text = "execute the kernels as compiled for this GPU too, without one (default: sm_90; needs a checkout, minutes)"
+    p.add_argument("--compiled", nargs="?", const="sm_90", choices=["sm_80", "sm_90"], help=text)
 
     # not parsed here: everything behind it is for the checkout's `python -m benchmarks`
     text = "Measure convwave against the windowed MLP and torch.nn (needs a checkout)."
@@ -231,13 +233,14 @@ def _checkpoint_argument(parser: argparse.ArgumentParser, default: str = "defaul
 
 def _bench(arguments: list[str]) -> int:
     """``convwave bench``: ``python -m benchmarks`` of the checkout that this package lies in, in the same folder."""
-    root = Path(__file__).resolve().parents[2]
-    if not ((root / "setup.py").is_file() and (root / "benchmarks/__main__.py").is_file()):
+    from convwave.cli import checkout
+
+    root = checkout.find("benchmarks/__main__.py")
+    if root is None:
         return _fail("bench: needs a checkout of convwave, benchmarks/ is not installed with the library", 2)
-    path = os.pathsep.join([str(root), *filter(None, [os.environ.get("PYTHONPATH")])])
     # -P: a folder "benchmarks" where the user stands is another one
     command = [sys.executable, "-P", "-m", "benchmarks", *arguments]
-    with subprocess.Popen(command, env={**os.environ, "PYTHONPATH": path}) as process:
+    with subprocess.Popen(command, env=checkout.environment(root)) as process:
         while process.poll() is None:
             try:
                 process.wait()

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import math
 import secrets
 import time
+from collections.abc import Iterator
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 
+from convwave.cli.checkout import check_compiled, compiled_checks
 from convwave.cli.console import announced, check_device, corpus, number, print_json, stderr, table, write
 from convwave.data.packing import Corpus, Splits, Vocabulary
 from convwave.data.words import DataError, Words, bundled_words, load_words, read_words
@@ -24,6 +29,9 @@ from convwave.runs.folder import MODEL_FILE, RUNS, STATE_FILE, Folder, clear_par
 from convwave.runs.registry import device_name, newest_run, provenance
 from convwave.train.config import Config, UsageError
 from convwave.train.loop import read_network, train
+
+if TYPE_CHECKING:
+    from convwave.verify.certificate import Check
 
 _MANY = 1000  # names from which on their rate says something
 
@@ -113,12 +121,14 @@ def sample(args: argparse.Namespace) -> None:
 
 def verify(args: argparse.Namespace) -> int:
     """``convwave verify``; 1 where a check fails."""
-    from convwave.verify.certificate import Check, weights_sha256
     from convwave.verify.certificate import verify as checks_of
+    from convwave.verify.certificate import weights_sha256
 
     check_device(args.device)
     if not 0 <= args.seed < 2**64:
         raise UsageError(f"--seed: expected 0 to 2**64 - 1, got {args.seed}")
+    if args.compiled is not None:
+        check_compiled()
     args.out.mkdir(parents=True, exist_ok=True)
     clear_partials(args.out, ("certificate.json",))
     networks: dict[str, ConvWave] = {}
@@ -138,7 +148,9 @@ def verify(args: argparse.Namespace) -> int:
     checks: list[Check] = []
     for name, model in networks.items():
         label = name if args.checkpoint is None else ""
-        for check in checks_of(model, words.splits, vocabulary, network=label, device=args.device, seed=args.seed):
+        found = checks_of(model, words.splits, vocabulary, network=label, device=args.device, seed=args.seed)
+        compiled = _compiled(model, vocabulary, words, label, args) if args.compiled is not None else ()
+        for check in itertools.chain(found, compiled):
             checks.append(check)
             if console.is_terminal:
                 console.print(f"{'ok    ' if check.passed else 'FAILED'} {check.name}")
@@ -185,6 +197,15 @@ def verify(args: argparse.Namespace) -> int:
     write_atomic(args.out / "certificate.json", (json.dumps(certificate, indent=2) + "\n").encode())
     console.print(f"certificate {args.out / 'certificate.json'}")
     return 1 if failed else 0
+
+
+def _compiled(
+    model: ConvWave, vocabulary: Vocabulary, words: Corpus, label: str, args: argparse.Namespace
+) -> Iterator[Check]:
+    """The checks of ``--compiled``, when they are asked for: after the others."""
+    suffix = f" ({label})" if label else ""
+    for check in compiled_checks(model, vocabulary, words.words, args.compiled, args.seed):
+        yield replace(check, name=check.name + suffix)
 
 
 def _trained_on(model: ConvWave, path: Path, words: Corpus) -> bool | None:

@@ -134,6 +134,17 @@ class Packed:
     def num_words(self) -> int:
         return self.cu_seqlens.numel() - 1
 
+    @cached_property
+    def age(self) -> Tensor:
+        """(N,) int32 how many positions of its word precede each position."""
+        starts = torch.repeat_interleave(self.cu_seqlens[:-1], self.cu_seqlens.diff(), output_size=len(self))
+        return (torch.arange(len(self), device=starts.device) - starts).int()
+
+    @cached_property
+    def longest(self) -> int:
+        """Positions of the longest word, 0 without words."""
+        return int(self.age.max()) + 1 if len(self) else 0
+
     def positions(self, words: Tensor) -> tuple[Tensor, Tensor]:
         """The positions (N',) of the words with these indices (int64, any order, repeats allowed), and cu_seqlens."""
         starts = self.cu_seqlens[words]

@@ -3,11 +3,15 @@
 `Inference` is `ConvWave` in evaluation mode with the arithmetic of `train.closed_form`: BatchNorm folded into the
 weights, rows below multiplied by each tap once, then gathered; a logistic instead of the tanh; logits padded to whole
 vectors. The top level is processed in blocks that fit the cache, and only its log-probabilities are kept.
+
+On a CUDA device `ops.library.score_names` evaluates every position of every word in one launch, and those of the
+distinct pairs of context and target are picked; a network that its kernel does not take goes level by level over the
+distinct subcontexts.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -16,9 +20,11 @@ from torch.nn import functional as F
 
 from convwave.data.batches import Parts, padded
 from convwave.data.graph import Graph, distinct_graph_and_targets
-from convwave.data.packing import Splits, Vocabulary, pack
+from convwave.data.packing import Packed, Splits, Vocabulary, pack
 from convwave.nn import ConvBatchNormTanh, ConvWave, evaluating
 from convwave.ops.fold import Buffers, fold_head, folded
+from convwave.ops.level import Level
+from convwave.ops.library import runs_kernels, score_names, why_not_score_names
 
 _BLOCK = 4096  # rows: 1.1 MB of 68 float32 channels; 2,048 and 16,384 are slower by a tenth
 _POSITIONS = 2**22  # counted at once
@@ -59,6 +65,11 @@ class EvaluationSet:
         self.graph, self._pair = graph.to(device), pair.to(device)
         self.targets = packed.targets.to(device)
         self._infer = Inference(self.graph) if self.targets.device.type == "cpu" else None
+        self._packed: Packed | None = None
+        if self._infer is None:
+            self._packed, index = packed.to(device), torch.arange(len(packed), device=device)
+            first = torch.full_like(self.graph.target_ids, len(packed))  # position of each pair
+            self._first = first.scatter_reduce_(0, self._pair.long(), index, "amin")
 
         train = set(splits.train)
         novel = [word not in train for word in splits.val]
@@ -91,6 +102,11 @@ class EvaluationSet:
         if self._infer is not None:
             return self._infer.nll(model)
         with evaluating(model):
+            levels = [block.level() for block in model.layers]
+            if model.factors == self.graph.factors and _takes_whole_names(model, levels):
+                assert self._packed is not None
+                network = model.embedding.weight, levels, model.head.weight, model.head.bias
+                return score_names(*network, self._packed, precision=model.precision).index_select(0, self._first)
             logp = F.log_softmax(model(self.graph), dim=1)
         return -logp[self.graph.target_rows, self.graph.target_ids]
 
@@ -101,6 +117,12 @@ class EvaluationSet:
             name: SplitLoss(total / positions if positions else None, positions)
             for name, total, positions in zip(self.masks, sums, self._positions, strict=True)
         }
+
+
+def _takes_whole_names(model: ConvWave, levels: Sequence[Level]) -> bool:
+    """Whether one launch of a kernel can evaluate a network, and takes no module's place that is watched."""
+    kernels = model.backend == "triton" and runs_kernels(model.embedding.weight)
+    return kernels and model.plain and not why_not_score_names(levels, model.vocab_size)
 
 
 class Inference:

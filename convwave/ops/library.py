@@ -8,6 +8,8 @@
 - `convwave.ops.naive`, the definition, for all that only autograd can do: second derivatives, `torch.func`,
   forward-mode differentiation, and, on the eager backend, `torch.compile` and `torch.export`.
 
+`score_names` is the other way in, for whole names without gradients.
+
 Only the ops' schemas list a stack's tensors one kind after another: they are flattened and put together again here.
 """
 
@@ -15,6 +17,7 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+import math
 import os
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -24,8 +27,10 @@ import torch
 from torch import Tensor
 
 from convwave.data.graph import Consumers, Rows
+from convwave.data.packing import Packed
 from convwave.ops import naive
 from convwave.ops import stack as twin
+from convwave.ops.fold import folded
 from convwave.ops.level import ACTIVATIONS, Level, Stats, check_total, track
 
 BACKENDS = ("auto", "eager", "triton")
@@ -400,6 +405,97 @@ def conv_stack(
             s = Stats(*found.detach())
             track(level, s.mean, s.var, s.total if row.total is None else row.total)
     return h
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Whole names, without gradients
+
+_WIDEST, _CONTEXT, _TABLE = 128, 64, 2**16  # channels or tokens; tokens; rows of level 0's table
+
+
+def why_not_score_names(levels: Sequence[Level], vocab_size: int) -> str:
+    """What keeps a network out of the kernel of `score_names`; empty where nothing does."""
+    factors, widths = [level.weight.shape[2] for level in levels], [level.weight.shape[0] for level in levels]
+    above = {level.activation.name for level in levels[1:]}
+    if any(level.of_rows for level in levels):
+        return "levels: expected running statistics and training=False at every level"
+    if max(widths) > _WIDEST or vocab_size > _WIDEST:
+        return f"levels, head_bias: expected up to {_WIDEST} channels and tokens, got {max(widths)} and {vocab_size}"
+    if math.prod(factors) > _CONTEXT:
+        return f"levels: expected a context of up to {_CONTEXT} tokens, got {math.prod(factors)}"
+    if vocab_size ** factors[0] > _TABLE:
+        return f"levels: expected up to {_TABLE} contexts of the first level, got {vocab_size}^{factors[0]}"
+    if len(set(factors[1:])) > 1 or len(above) > 1 or any(level.activation.parts > 1 for level in levels):
+        return f"levels: expected equal taps and activations of one part above the first, got {factors[1:]}, {above}"
+    return ""
+
+
+@torch.no_grad()
+def score_names(
+    embedding: Tensor,
+    levels: Sequence[Level],
+    head_weight: Tensor,
+    head_bias: Tensor,
+    packed: Packed,
+    *,
+    losses: bool = True,
+    precision: str = "auto",
+) -> Tensor:
+    """Every position of packed words in one launch: embedding, levels of a tree, head, log_softmax.
+
+    On a CUDA device, and not in float64, this is `kernels.score`; elsewhere `ops.stack`.
+
+    Args:
+        embedding: (V, C).
+        levels: from the bottom up, with running statistics; level l has dilation ``prod(taps of the levels below)``.
+        head_weight, head_bias: (V, H_L), (V,).
+        packed: N positions, tokens and targets below V, int64 or int32.
+        losses: minus the log-probability of each position's target, instead of those of all tokens.
+        precision: of float32 products in kernels, see `PRECISIONS`.
+
+    Returns:
+        (N,) losses or (N, V) log-probabilities, in float32; of a float64 network in float64.
+
+    Raises:
+        ValueError: no positions, or for the kernel what `why_not_score_names` says.
+        IndexError: a token or target that is not below V; on a CUDA device an assertion there, which does not wait.
+    """
+    V = head_bias.numel()
+    if len(packed) == 0:
+        raise ValueError("packed: expected at least one position, got none")
+    inside = torch.stack([((ids >= 0) & (ids < V)).all() for ids in (packed.tokens, packed.targets)]).all()
+    if inside.is_cuda:
+        torch._assert_async(inside)
+    elif not bool(inside):
+        raise IndexError(f"packed: expected tokens and targets from 0 to {V - 1}")
+    if not runs_kernels(embedding):
+        return twin.score_names(embedding, levels, head_weight, head_bias, packed, losses)
+    reason = why_not_score_names(levels, V)
+    if reason:
+        raise ValueError(reason)
+    from convwave.kernels import configs, score
+    from convwave.kernels import stack as kernels
+
+    factors = [level.weight.shape[2] for level in levels]
+    steps = V ** torch.arange(factors[0] - 1, -1, -1, device=embedding.device)
+    contexts = torch.arange(V ** factors[0], device=embedding.device) // steps[:, None] % V
+    precision = configs.resolve_precision(precision, embedding.dtype)
+    above = [folded(level) for level in levels[1:]]
+    with _on_device_of(embedding):
+        return score.score_names(
+            packed.tokens,
+            packed.age,
+            kernels.stack_inference(embedding, levels[:1], [Rows(contexts)], precision),
+            [weight for weight, _ in above],
+            [shift for _, shift in above],
+            head_weight,
+            head_bias,
+            factors=factors,
+            activation=levels[-1].activation.name,
+            precision=precision,
+            longest=packed.longest,
+            targets=packed.targets if losses else None,
+        )
 
 
 def _known_total(row: Rows) -> float | None:

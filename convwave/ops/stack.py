@@ -23,8 +23,10 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
-from convwave.data.graph import Rows
+from convwave.data.graph import Rows, dense_graph
+from convwave.data.packing import Packed
 from convwave.ops.fold import fixed_stats, folded
 from convwave.ops.level import Level, Stats, wide
 
@@ -185,6 +187,16 @@ def inference(x: Tensor, levels: Sequence[Level], rows: Sequence[Rows]) -> Tenso
         z = conv(x, weight.to(x.dtype), row.taps, shift.to(x.dtype), zeros=i == 0)
         x = level.activation.value(wide(z)).to(z.dtype)
     return x
+
+
+def score_names(
+    embedding: Tensor, levels: Sequence[Level], head_weight: Tensor, head_bias: Tensor, packed: Packed, losses: bool
+) -> Tensor:
+    """Log-probabilities of packed words' positions, or losses of their targets; arguments of `library.score_names`."""
+    graph = dense_graph(packed, factors=[level.weight.shape[2] for level in levels])
+    h = inference(embedding[packed.tokens], levels, graph.rows(counted=False))
+    logp = wide(F.linear(h, head_weight, head_bias)).log_softmax(1)
+    return -logp.gather(1, packed.targets.long()[:, None])[:, 0] if losses else logp
 
 
 def backward(

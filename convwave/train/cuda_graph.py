@@ -29,7 +29,7 @@ class GraphedRun(Run):
     def __init__(self, config: Config, train: Packed, vocabulary: Vocabulary) -> None:
         self.config, device = config, torch.device(config.device)
         self.net, self.reader = convolution(config, train, vocabulary)
-        self.optimizers = _capturable(make_optimizers(config.recipe, self.net), device)
+        self.optimizers = _with_rates_as_tensors(make_optimizers(config.recipe, self.net), device)
         rates = [config.rate(i) for i in range(config.steps)]
         self._rates = torch.tensor(rates, dtype=torch.float32, device=device)
         self._losses = torch.zeros(config.steps, device=device)
@@ -80,9 +80,13 @@ class GraphedRun(Run):
         with torch.cuda.stream(side):
             self._rehearse()
         torch.cuda.current_stream().wait_stream(side)
-        graph = torch.cuda.CUDAGraph()
+        graph, (_, adam) = torch.cuda.CUDAGraph(), self.optimizers
         with torch.cuda.graph(graph):
+            for group in adam.param_groups:  # no sooner: torch warns of capturable steps that are not captured
+                group["capturable"] = True
             self._step()
+        for group in adam.param_groups:
+            group["capturable"] = False
         return graph.replay
 
     def _tensors(self) -> list[Tensor]:
@@ -128,13 +132,12 @@ class GraphedRun(Run):
         self.net.load_state_dict(weights)
 
 
-def _capturable(optimizers: list[torch.optim.Optimizer], device: torch.device) -> list[torch.optim.Optimizer]:
-    """Muon and Adam with learning rates as tensors, which a CUDA graph can change."""
-    muon, adam = optimizers
-    for optimizer in (muon, adam):
+def _with_rates_as_tensors(
+    optimizers: list[torch.optim.Optimizer], device: torch.device
+) -> list[torch.optim.Optimizer]:
+    """Muon and Adam with learning rates that a CUDA graph can change."""
+    for optimizer in optimizers:
         for group in optimizer.param_groups:
             group["base_lr"] = group["lr"]
             group["lr"] = torch.tensor(float(group["lr"]), device=device)
-    for group in adam.param_groups:
-        group["capturable"] = device.type == "cuda"
-    return [muon, adam]
+    return optimizers
