@@ -3,7 +3,7 @@
 #
 # It needs Python with torch, triton, numpy, pytest, hypothesis, safetensors, rich and matplotlib, and no network. It makes
 # the checkout importable, asks whether the kernels' bits are always the same, runs the GPU tests side by side, the speedrun
-# (where the post's names.txt is there), then all studies, within nine minutes, and writes to the folder $OUT (default
+# (needs the post's names.txt and SciPy), then all studies, within nine minutes, and writes to the folder $OUT (default
 # benchmarks/results/gpu) tests.txt, studies.txt, the studies' files, report.html and speedrun-cuda.json. Whatever stops it,
 # the files hold what was done until then. Every study is a process of its own: after a CUDA error nothing more runs in the
 # process that met it. Exit status: 0 if tests and checks passed.

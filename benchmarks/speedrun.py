@@ -20,7 +20,6 @@ from __future__ import annotations
 import argparse
 import cProfile
 import json
-import math
 import statistics
 import sys
 import time
@@ -29,13 +28,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
-
 import convwave as cw
 from benchmarks.harness import synchronize
 from benchmarks.results import RESULTS, write_json
 from convwave.cli.console import stderr
-from convwave.runs.registry import device_name, provenance
+from convwave.runs.registry import device_name, package_version, provenance
+from convwave.sweep.statistics import estimate, p_below
 from convwave.train import PUBLISHED, Config, UsageError, available_tiers, begin, fit, threads
 
 SEEDS, LEVEL = 20, 0.01
@@ -140,29 +138,13 @@ def over_seeds(words: cw.Words, config: Config, seeds: int, loop: PostLoop | Non
     return report
 
 
-def p_value(values: Sequence[float], target: float) -> float:
-    """One-sided t-test: how likely means this far below the target are if the true mean is the target.
-
-    With t = sqrt(f) tan(angle), Student's density of f degrees of freedom is that of cos(angle)^(f - 1).
-    """
-    n = len(values)
-    difference = target - statistics.mean(values)
-    t = math.atan2(difference * n**0.5, statistics.stdev(values) * (n - 1) ** 0.5)
-
-    def area(start: float) -> float:
-        angles = torch.linspace(start, math.pi / 2, 100_001, dtype=torch.float64)
-        return float(torch.trapezoid(angles.cos().clamp(min=0) ** (n - 2), angles))
-
-    return area(t) / area(-math.pi / 2)
-
-
 def speedrun(words: cw.Words, name: str, config: Config) -> dict[str, Any]:
     """Train once per seed and judge; without times where the target is missed."""
     track = TRACKS[name]
     found = over_seeds(words, config, SEEDS, PostLoop(words, BLOG_STEPS))
     val, parameters = found["losses"]["val"], found["config"]["parameters"]
-    p = p_value(val, track.target)
-    reached = parameters <= track.parameters and statistics.mean(val) <= track.target and p < LEVEL
+    mean, p = estimate(val), p_below(val, track.target)
+    reached = parameters <= track.parameters and mean.mean <= track.target and p < LEVEL
     times = ("seconds", "cpu_seconds", "all_seconds", "post_loop", "times_faster")
     return {
         "track": name,
@@ -170,8 +152,9 @@ def speedrun(words: cw.Words, name: str, config: Config) -> dict[str, Any]:
         "target": track.target,
         "most_parameters": track.parameters,
         "parameters": parameters,
-        "val_mean": statistics.mean(val),
-        "val_std": statistics.stdev(val),
+        "val_mean": mean.mean,
+        "val_std": mean.deviation,
+        "val_interval": [mean.low, mean.high],
         "p_value": p,
         "reached": reached,
         **{key: value for key, value in found.items() if reached or key not in times},
@@ -292,6 +275,8 @@ def main() -> int:
     words = cw.load_words()
     if not words.is_names_txt:
         parser.error("needs the post's names.txt: 'convwave data fetch'")
+    if package_version("scipy") is None:  # before twenty trainings, not after
+        parser.error("needs SciPy: pip install 'convwave[sweep]'")
     track = TRACKS[args.track]
     recipe = args.recipe or (track.cuda_recipe if args.device.startswith("cuda") else track.recipe)
     try:

@@ -11,7 +11,8 @@ import torch
 
 import convwave as cw
 from benchmarks import speedrun
-from benchmarks.speedrun import TRACKS, p_value, timed_training
+from benchmarks.speedrun import TRACKS, timed_training
+from convwave.sweep.statistics import p_below
 from convwave.train import Config, train
 from tests.helpers import CPU_TIERS
 
@@ -23,11 +24,11 @@ from tests.helpers import CPU_TIERS
 def test_p_values_are_those_of_the_tables(n: int, t: float, p: float) -> None:
     values = torch.randn(n, generator=torch.Generator().manual_seed(n), dtype=torch.float64)
     values = (values - values.mean()) / values.std()  # mean 0, standard deviation 1
-    assert p_value(values.tolist(), t / n**0.5) == pytest.approx(p, rel=1e-5)
-    assert p_value(values.tolist(), -t / n**0.5) == pytest.approx(1 - p, rel=1e-5)
-    assert p_value([1.0] * n, 2.0) == 0
-    assert p_value([1.0] * n, 0.9) == 1
-    assert p_value([1.0] * n, 1.0) >= 0.5
+    assert p_below(values.tolist(), t / n**0.5) == pytest.approx(p, rel=1e-5)
+    assert p_below(values.tolist(), -t / n**0.5) == pytest.approx(1 - p, rel=1e-5)
+    assert p_below([1.0] * n, 2.0) == 0
+    assert p_below([1.0] * n, 0.9) == 1
+    assert p_below([1.0] * n, 1.0) >= 0.5
 
 
 @pytest.mark.parametrize("recipe", ["fast", "sprint"])
@@ -94,6 +95,10 @@ def test_unknown_tiers_are_refused(names_txt: cw.Words, capsys, monkeypatch) -> 
     with pytest.raises(SystemExit, match="2"):
         speedrun.main()
     assert "tier: " in capsys.readouterr().err
+    monkeypatch.setattr(speedrun, "package_version", lambda name: None)
+    with pytest.raises(SystemExit, match="2"):
+        speedrun.main()
+    assert "needs SciPy" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("tier", CPU_TIERS[:-1])

@@ -23,6 +23,7 @@ from convwave._lazy import load
 from convwave.data.words import NAMES_URL, DataError, fetch_names
 from convwave.files import CheckpointError, quoted
 from convwave.runs.folder import RUNS
+from convwave.runs.track import TRACKERS
 from convwave.train.config import KEEP, MODELS, Diverged, Interrupted, UsageError
 from convwave.train.recipes import RECIPES
 from convwave.train.tiers import TIERS
@@ -144,6 +145,26 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument("--resume", action="store_true", help=text)
     p.add_argument("--init", type=_path, metavar="RUN", help="begin with the weights of another run")
     p.add_argument("--save-every", type=float, default=10.0, metavar="S", help="seconds between saves (default: 10)")
+    text = "look at gradients, updates and activations every STEPS steps (default: some 20 times), for 'convwave plot'"
+    p.add_argument("--diagnostics", nargs="?", const=0, type=_whole(1, 2**31 - 1), metavar="STEPS", help=text)
+    p.add_argument("--track", choices=TRACKERS, help="also write losses and diagnostics through this library")
+
+    p = command("runs", "runs:runs", "List runs; 'runs show RUN' prints one, 'runs compare RUN ..' draws several.")
+    p.add_argument("action", nargs="?", choices=["list", "show", "compare"], default="list")
+    p.add_argument("runs", nargs="*", metavar="RUN", help="a run's folder, or its name in --dir")
+    p.add_argument("--dir", type=_path, default=RUNS, metavar="DIR", help=f"where the runs are (default: {RUNS})")
+    text = "list by this: run, state, done, val_loss, seconds, any field of the configuration (default: changed)"
+    p.add_argument("--sort", default="changed", metavar="FIELD", help=text)
+    p.add_argument("--reverse", action="store_true", help="the other way round")
+    text = "list only runs that are so, such as recipe=fast, state=finished or val_loss<2.03; may be repeated"
+    p.add_argument("--where", action="append", default=[], metavar="CONDITION", help=text)
+    p.add_argument(
+        "--out", type=_path, metavar="FILE", help="picture of compare, .png or .svg (default: DIR/compare.png)"
+    )
+
+    p = command("plot", "runs:plot", "Draw a run: losses, activations, updates, embedding, weights.")
+    p.add_argument("folder", type=_path, metavar="RUN", help="the folder of a run")
+    p.add_argument("--out", type=_path, metavar="DIR", help="for the pictures (default: RUN/plots)")
 
     p = command("evaluate", "model:evaluate", "Exact loss of a network on every split.")
     _checkpoint_argument(p)
@@ -162,6 +183,19 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument("--new-only", action="store_true", help="no name of the data")
     p.add_argument("--seed", type=_whole(0, 2**64 - 1), help="to repeat the names (default: another in every run)")
     p.add_argument("--device", default="cpu", help="cpu (default), cuda, ...")
+
+    text = "Train many variations of a recipe; 'sweep report DIR' says what they show."
+    p = command("sweep", "sweep:sweep", text)
+    p.add_argument("file", metavar="FILE.toml", help="what to try (see convwave/sweep/plan.py), or 'report'")
+    p.add_argument("folder", nargs="?", type=_path, metavar="DIR", help="of report: a sweep's folder or its .json")
+    text = "for journal, results and pictures; a sweep that is there is continued, also by several processes at once"
+    p.add_argument("--out", type=_path, metavar="DIR", help=text)
+    p.add_argument("--workers", type=_whole(1, 1000), default=1, metavar="N", help="processes (default: 1)")
+    text = "of Optuna, instead of a journal in DIR: grpc://HOST:PORT, postgresql://.., sqlite:///FILE, redis://.."
+    p.add_argument("--storage", metavar="URL", help=text)
+    text = "of report: compare with this configuration (default: the recipe's own values)"
+    p.add_argument("--baseline", action="append", default=[], metavar="FIELD=VALUE", help=text)
+    p.add_argument("--worker", type=int, help=argparse.SUPPRESS)  # of --workers
 
     p = command(
         "reproduce",

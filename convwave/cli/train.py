@@ -59,6 +59,7 @@ def train(args: argparse.Namespace) -> None:
     from convwave.cli.console import ConsoleReporter, check_device, number, print_json, stderr, table
     from convwave.cli.model import run_words
     from convwave.train import loop
+    from convwave.train.diagnostics import default_interval
 
     check_device(config.device)
     words = run_words(args, args.out if begun else None)
@@ -76,6 +77,8 @@ def train(args: argparse.Namespace) -> None:
         save_every=args.save_every,
         reporter=ConsoleReporter(),
         init=init,
+        diagnostics=default_interval(config) if args.diagnostics == 0 else args.diagnostics or 0,
+        track=args.track,
     )
 
     losses = [number(result.splits[name].loss) for name in ("train", "val", "novel_val")]

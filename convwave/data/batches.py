@@ -323,8 +323,11 @@ class StepReader:
 
     @cached_property
     def everything(self) -> Graph:
-        """The whole text over its distinct subcontexts."""
-        return self._distinct(self.packed)
+        """The whole text over its distinct subcontexts; trainings on the same words share it."""
+        key = (self.factors, str(self.device))
+        if key not in self.packed.derived:
+            self.packed.derived[key] = self._distinct(self.packed)
+        return self.packed.derived[key]
 
     def graph(self, i: int) -> Graph:
         """The graph of step i."""

@@ -10,10 +10,10 @@ FlashAttention's variable-length functions.
 from __future__ import annotations
 
 import random
-from collections.abc import Iterable, Sequence
+from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -124,6 +124,11 @@ class Packed:
 
     def __len__(self) -> int:
         return self.tokens.numel()
+
+    @cached_property
+    def derived(self) -> dict[Hashable, Any]:
+        """What was made of these words once, such as graphs, for all trainings that read them."""
+        return {}
 
     @property
     def num_words(self) -> int:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import errno
 import json
 import re
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,7 +25,8 @@ if TYPE_CHECKING:
 RUNS = Path("runs")  # where runs go that were given no other folder
 STATE_FORMAT = "convwave.state.3"
 STATE_FILE, MODEL_FILE, RESULT_FILE, RUN_FILE = "state.safetensors", "model.safetensors", "result.json", "run.json"
-LOSS_TABLE, LOSS_PICTURE = "loss.csv", "loss.png"
+LOSS_TABLE, LOSS_PICTURE, METRICS_FILE = "loss.csv", "loss.png", "metrics.jsonl"
+FILES = (STATE_FILE, MODEL_FILE, RESULT_FILE, RUN_FILE, LOSS_TABLE, LOSS_PICTURE, METRICS_FILE)
 
 
 @dataclass(frozen=True)
@@ -108,6 +109,17 @@ class Folder:
                 self.unlocked = error.strerror if ours else None
             yield ours
 
+    def busy(self) -> bool:
+        """Whether another process is training here, where that can be told."""
+        if fcntl is None or not (self.path / ".lock").exists():
+            return False
+        with suppress(OSError), open(self.path / ".lock", "a") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            except BlockingIOError:
+                return True
+        return False
+
     def holds_run(self) -> bool:
         return self.state.exists() or self.model.exists()
 
@@ -122,11 +134,11 @@ class Folder:
 
     def clear(self) -> None:
         """Delete what a run that was killed while it wrote has left, and nothing else."""
-        clear_partials(self.path, (STATE_FILE, MODEL_FILE, RESULT_FILE, RUN_FILE, LOSS_TABLE, LOSS_PICTURE))
+        clear_partials(self.path, FILES)
 
-    def remember(self, source: Source, config: dict[str, Any]) -> None:
-        """Write where the words are from and how they are learned."""
-        content = {"data": asdict(source), "config": config}
+    def remember(self, source: Source, config: dict[str, Any], parameters: int) -> None:
+        """Write where the words are from, how they are learned, and by how many parameters."""
+        content = {"data": asdict(source), "config": config, "parameters": parameters}
         write_atomic(self.path / RUN_FILE, (json.dumps(content, indent=2) + "\n").encode())
 
     def source(self) -> Source | None:
@@ -180,14 +192,23 @@ class Folder:
         return CheckpointError(f"{self.state}: is not a usable state: {reason}")
 
     def write_results(
-        self, losses: Sequence[float], validation: Sequence[Point], summary: dict[str, Any], title: str
+        self,
+        losses: Sequence[float],
+        validation: Sequence[Point],
+        summary: dict[str, Any],
+        title: str,
+        levels: Mapping[str, float],
     ) -> str | None:
-        """Write ``result.json``, the summary, and ``loss.csv``, then draw ``loss.png``; says why it cannot be drawn."""
+        """Write ``result.json``, the summary, and ``loss.csv``, then draw ``loss.png``; says why it cannot be drawn.
+
+        Args:
+            levels: losses to draw as lines, by what they are.
+        """
         write_atomic(self.path / RESULT_FILE, (json.dumps(summary, indent=2) + "\n").encode())
         curve = block_means(losses)
         write_atomic(self.path / LOSS_TABLE, loss_csv(curve).encode())
         picture = self.path / LOSS_PICTURE
-        return drawn(picture, lambda: loss_plot(curve, picture, title, validation, summary["val_loss"]))
+        return drawn(picture, lambda: loss_plot(curve, picture, title, validation, summary["val_loss"], levels))
 
 
 def new_folder(name: str, runs: Path = RUNS) -> Path:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import copy
 import math
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
 from convwave import reference
 from convwave.convert import from_windowed, to_windowed
+from convwave.data.graph import Graph, distinct_graph, select_windows
 from convwave.data.packing import Packed, Vocabulary
 from convwave.nn import ConvWave
 from convwave.ops import functional
@@ -19,13 +21,14 @@ from convwave.train.recipes import PUBLISHED
 from convwave.train.setup import (
     convolution,
     network_state,
+    observe,
     prefixed,
     ready,
     restore_network,
     windowed_network,
     without_prefix,
 )
-from convwave.train.tiers import Run
+from convwave.train.tiers import Run, Watch
 
 
 def begin(config: Config, train: Packed, vocabulary: Vocabulary) -> Run:
@@ -38,18 +41,25 @@ class WindowedRun(Run):
     """The post's own loop: random windows, the from-scratch network, plain SGD."""
 
     def __init__(self, config: Config, train: Packed, vocabulary: Vocabulary) -> None:
-        self.config = config
+        self.config, self._train = config, train
         self.windows = reference.build_windows(train, math.prod(config.factors))
         self.windows = reference.Windows(*(t.to(config.device) for t in self.windows))
         self.generator = torch.Generator().manual_seed(config.seed)
         self.mlp = windowed_network(config, len(vocabulary), self.generator).to(config.device)
         self.positions = config.batch
 
-    def step(self, i: int) -> float:
+    def step(self, i: int, watch: Watch | None = None) -> float:
         ix = torch.randint(0, len(self.windows.targets), (self.config.batch,), generator=self.generator, device="cpu")
         ix = ix.to(self.windows.targets.device)
         lr = self.config.recipe.lr * self.config.rate(i)
+        if watch is not None:
+            graph = select_windows(self._everything, ix, self.windows.targets[ix])
+            observe(self.model(), graph, watch)
         return reference.sgd_step(self.mlp, self.windows.inputs[ix], self.windows.targets[ix], lr)
+
+    @cached_property
+    def _everything(self) -> Graph:
+        return distinct_graph(self._train, factors=self.config.factors).to(self.config.device)
 
     def finish(self) -> ConvWave:
         return self.model().eval()
@@ -79,10 +89,12 @@ class ConvolutionRun(Run):
         self.optimizers = make_optimizers(config.recipe, self.net)
         self.positions = config.batch
 
-    def step(self, i: int) -> float:
+    def step(self, i: int, watch: Watch | None = None) -> float:
         graph = self.reader.graph(i)
         self.positions = self.reader.count(graph.num_rows, graph.totals[-1])
         rate = self.config.rate(i)
+        if watch is not None:
+            observe(self.net, graph, watch)
         loss = functional.loss(self.net(graph), graph)
         for optimizer in self.optimizers:
             optimizer.zero_grad()

@@ -37,7 +37,7 @@ from convwave.train.setup import (
     restore_network,
     without_prefix,
 )
-from convwave.train.tiers import Run
+from convwave.train.tiers import Activations, Run, Watch
 
 
 class ClosedForm:
@@ -91,6 +91,12 @@ class ClosedForm:
         """Every gradient under its parameter's name and in its layout."""
         conv = {n: m.permute(2, 1, 0) for n, m in zip(self._matrix_names, self.matrix_gradients, strict=True)}
         return conv | self.vector_gradients
+
+    @torch.no_grad()
+    def activations(self, batch: Batch) -> list[Activations]:
+        """What every level put out in the last `gradients`, which was of this batch."""
+        rows = ((level, w, w.numel(), self.matrices[level].shape[2]) for level, w in enumerate(batch.weights))
+        return [Activations(self._buffer(f"s{level}", N, H).mul(2).sub_(1), w) for level, w, N, H in rows]
 
     @torch.no_grad()
     def gradients(self, batch: Batch) -> Tensor:
@@ -265,10 +271,12 @@ class ClosedFormRun(Run):
         )
         self.positions = config.batch
 
-    def step(self, i: int) -> float:
+    def step(self, i: int, watch: Watch | None = None) -> float:
         batch = self.reader.batch(i)
         self.positions = self.reader.count(batch.weights[-1].numel(), batch.totals[-1])
         loss = self.form.gradients(batch)
+        if watch is not None:
+            watch(self.form.gradients_by_name(), self.form.activations(batch))
         self.optimizer.step(self.config.rate(i))
         return loss.item()
 

@@ -13,8 +13,8 @@ from convwave.nn import ConvWave
 from convwave.ops import functional
 from convwave.train.config import Config
 from convwave.train.optim import make_optimizers
-from convwave.train.setup import convolution, network_state, ready, restore_network
-from convwave.train.tiers import Run
+from convwave.train.setup import convolution, network_state, observe, ready, restore_network
+from convwave.train.tiers import Run, Watch
 
 
 class GraphedRun(Run):
@@ -109,7 +109,9 @@ class GraphedRun(Run):
         self._next, self.positions = stop, self.reader.count(0, self.reader.everything.totals[-1])
         return self._losses[first:stop].tolist()
 
-    def step(self, i: int) -> float:
+    def step(self, i: int, watch: Watch | None = None) -> float:
+        if watch is not None:
+            observe(self.net, self.reader.everything, watch)
         return self.steps(i, i + 1)[0]
 
     def finish(self) -> ConvWave:

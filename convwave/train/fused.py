@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from convwave.data.batches import StepReader
+from convwave.data.graph import Graph
 from convwave.data.packing import Packed, Vocabulary
 from convwave.nn import ConvWave
 from convwave.ops import loops
@@ -26,12 +27,13 @@ from convwave.train.setup import (
     check_like,
     convolution,
     network_state,
+    observe,
     prefixed,
     ready,
     restore_network,
     without_prefix,
 )
-from convwave.train.tiers import Run
+from convwave.train.tiers import Run, Watch
 
 
 class Parameters:
@@ -127,10 +129,10 @@ class Parts:
             self._whole = everything(self.text()[0], self.vocab_size)
         return self._whole
 
-    def __call__(self, i: int) -> loops.Part:
-        """The part of step i; the next call may overwrite it."""
+    def __call__(self, i: int, graph: Graph | None = None) -> loops.Part:
+        """The part of step i, whose graph may be given; the next call may overwrite it."""
         if self.plan.token_noise:
-            return part_of(self.reader.graph(i), self.vocab_size)
+            return part_of(self.reader.graph(i) if graph is None else graph, self.vocab_size)
         contexts = self.plan.batch_of == "contexts"
         if self.reader.reads_all and not contexts:
             return self.whole
@@ -177,9 +179,12 @@ class FusedRun(Run):
             message,
         )
 
-    def step(self, i: int) -> float:
+    def step(self, i: int, watch: Watch | None = None) -> float:
         recipe, rate, weights = self.config.recipe, self.config.rate(i), self.weights
-        part = self.parts(i)
+        graph = None if watch is None else self.reader.graph(i)
+        if watch is not None and graph is not None:
+            observe(self.model(), graph, watch)
+        part = self.parts(i, graph)
         top, total = int(part.rows[-2]), float(part.totals[-1])
         if total <= 1:
             raise ValueError(f"batch: an unbiased variance needs a total count above 1, got {total:g}")

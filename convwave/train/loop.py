@@ -24,9 +24,12 @@ from convwave.data.words import Words
 from convwave.files import CheckpointError
 from convwave.infer.score import EvaluationSet, SplitLoss
 from convwave.nn import ConvWave, check_shapes, on_device
-from convwave.runs.folder import STATE_FILE, Folder, Source, State
+from convwave.runs.folder import METRICS_FILE, STATE_FILE, Folder, Source, State
+from convwave.runs.metrics import Metrics
 from convwave.runs.plots import Point
+from convwave.runs.track import TRACKERS, Tracker
 from convwave.train.config import Config, Diverged, Interrupted, UsageError
+from convwave.train.diagnostics import Diagnostics
 from convwave.train.recipes import PUBLISHED
 from convwave.train.setup import network, without_prefix
 from convwave.train.tiers import Run, begin
@@ -130,25 +133,31 @@ def train(
     save_every: float = 10.0,
     reporter: Reporter | None = None,
     init: ConvWave | None = None,
+    diagnostics: int = 0,
+    track: str | None = None,
 ) -> Result:
     """Train a network and evaluate it.
 
     Args:
         config: what and how.
         words: the data; its split is the post's.
-        out: directory for ``run.json`` (data and recipe), ``state.safetensors`` (to resume), ``model.safetensors``,
-            ``result.json``, ``loss.csv`` and ``loss.png``; None writes nothing.
+        out: directory for ``run.json`` (data and recipe), ``metrics.jsonl`` (losses and diagnostics, written on the
+            way), ``state.safetensors`` (to resume), ``model.safetensors``, ``result.json``, ``loss.csv`` and
+            ``loss.png``; None writes nothing.
         resume: continue from the state in `out`, or begin where there is nothing. With more steps than the state's
             configuration has, the run is extended: the schedule starts anew from the saved weights.
         save_every: seconds between saves.
         reporter: of progress.
         init: a network to begin with instead of a random one; a run that is continued ignores it.
+        diagnostics: steps from one look at gradients, updates and activations to the next; 0 for none. The training is
+            the same, bit by bit.
+        track: of `track.TRACKERS`, to follow the run; needs `out`.
 
     Raises:
         DataError: no words left for training.
         UsageError: `out` holds a run already and `resume` is False, or a network without a state to resume from;
             another process is training there; `init` has another shape, or no token for a letter of the words; the
-            best network is to be kept and there are no validation words.
+            best network is to be kept and there are no validation words; the tracker's library is missing.
         CheckpointError: a state that cannot be used, or one of another configuration or other data.
         Diverged: a loss or a weight that is not finite; the last good state is kept on disk.
         Interrupted: Ctrl-C; the state is saved.
@@ -166,12 +175,17 @@ def train(
             )
         corpus = words if isinstance(words, Corpus) else Corpus(words)
         training = _Training(config, corpus, folder, save_every, reporter or Reporter(), init)
+        training.watch(diagnostics, track)
         try:
             training.steps()
         except (Diverged, Interrupted) as error:
+            if isinstance(error, Diverged):
+                training.metrics.add({"step": len(training.losses), "state": "diverged", "message": str(error)})
             good = folder is not None and folder.state.exists()
             kept = f"; {out}/{STATE_FILE} holds the last good state, --resume continues from it" if good else ""
             raise type(error)(f"{error}{kept}") from None
+        finally:
+            training.metrics.close()
         return training.result()
 
 
@@ -217,6 +231,19 @@ class _Training:
         elif init is not None:
             self.run.begin_with(init.state_dict())
 
+    def watch(self, diagnostics: int, track: str | None) -> None:
+        """Write what is measured on the way, from the first step to come; see `train`."""
+        trackers: list[Tracker] = []
+        if track is not None and self.folder is not None:
+            try:
+                trackers.append(TRACKERS[track](self.folder.path, self.config.summary(), len(self.losses)))
+            except ImportError as error:
+                raise UsageError(f"track: needs {track}, pip install 'convwave[{track}]' ({error})") from None
+        path = None if self.folder is None else self.folder.path / METRICS_FILE
+        self.metrics = Metrics(path, self.losses, self.validation, trackers)
+        if diagnostics:
+            self.run = Diagnostics(self.run, diagnostics, self.metrics.add)
+
     @cached_property
     def evaluation(self) -> EvaluationSet:
         """Of all splits; also what measures the validation loss on the way."""
@@ -230,7 +257,7 @@ class _Training:
         try:
             self.run.prepare(self.reporter.message)
             self.reporter.start(config, self.parameters, len(self.losses))
-            with _interruptible() as interrupted, few_threads(config, self.parameters, self.train):
+            with interruptible() as interrupted, few_threads(config, self.parameters, self.train):
                 if self.unsaved:
                     self._save()  # so that even a run killed in its first second leaves something to resume
                 while True:
@@ -240,10 +267,11 @@ class _Training:
                     began = time.perf_counter() - self.seconds
                     stop = min(point for point in (*self.points, config.steps) if point > len(self.losses))
                     for losses in blocks(self.run, len(self.losses), stop, _SECONDS):
+                        self.seconds = time.perf_counter() - began
                         for loss in losses:
                             self.losses.append(loss)
+                            self.metrics.add({"step": len(self.losses), "loss": loss, "seconds": self.seconds})
                             self.reporter.step(len(self.losses), loss, self.run.positions)
-                        self.seconds = time.perf_counter() - began
                         if interrupted():
                             self._save()
                             raise Interrupted(f"stopped after step {len(self.losses)} of {config.steps}")
@@ -279,7 +307,9 @@ class _Training:
             title = f"{config.model}, recipe {config.recipe.name}"
             title += f": {result.parameters:,} parameters, {self.seconds:.1f} s"
             summary = {**result.summary(), "data": corpus.source, "data_sha256": corpus.sha256}
-            note = folder.write_results(self.losses, self.validation, summary, title)
+            post = PUBLISHED["hierarchical"]
+            levels = {"the post, training": post.train, "the post, validation": post.val} if corpus.is_names_txt else {}
+            note = folder.write_results(self.losses, self.validation, summary, title, levels)
             if note is not None:
                 self.reporter.message(note)
         return result
@@ -295,19 +325,21 @@ class _Training:
             return
         better = all(loss < point.loss for point in self.validation)
         self.validation.append(Point(done, loss))
+        self.metrics.add({"step": done, "val_loss": loss})
         if self.config.keep == "best" and better:
             self.best, self.best_step = {name: t.clone() for name, t in network.state_dict().items()}, done
 
     def _save(self) -> None:
         if self.folder is None:
             return
+        self.metrics.flush()
         tensors = self.run.state()
         for name, tensor in tensors.items():
             if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
                 raise Diverged(f"{name} is no longer finite after step {len(self.losses)}")
         config, symbols = asdict(self.config), "".join(self.vocabulary.symbols)
         if self.unsaved:
-            self.folder.remember(Source.of(self.corpus.source, self.corpus.sha256), config)
+            self.folder.remember(Source.of(self.corpus.source, self.corpus.sha256), config, self.parameters)
             self.unsaved = False
         self.folder.save(
             State(
@@ -474,7 +506,7 @@ def threads(number: int) -> Iterator[None]:
 
 
 @contextmanager
-def _interruptible() -> Iterator[Callable[[], bool]]:
+def interruptible() -> Iterator[Callable[[], bool]]:
     """Turn the first Ctrl-C into a flag that the loop reads between two steps; a second one interrupts at once."""
     seen = False
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
 
@@ -14,10 +15,12 @@ from convwave.data.batches import Plan, StepReader
 from convwave.data.graph import Graph, Rows
 from convwave.data.packing import Packed, Vocabulary
 from convwave.nn import ConvWave, on_device
+from convwave.ops import functional
 from convwave.ops.level import Level, Moments, check_total, track, wide
 from convwave.ops.stack import conv
 from convwave.train.config import Config
 from convwave.train.recipes import PUBLISHED
+from convwave.train.tiers import Activations, Watch
 
 _BLOCK = 2**18  # rows of a graph whose statistics are computed at once
 
@@ -145,6 +148,17 @@ def _statistics_by_blocks(model: ConvWave, graph: Graph) -> None:
         for part, z in parts():
             above[part] = level.activation.value(torch.addcmul(level.beta, z - mean.to(z.dtype), scale.to(z.dtype)))
         x = above
+
+
+def observe(net: ConvWave, graph: Graph, watch: Watch) -> None:
+    """Show `watch` the gradients and activations of a step on a graph; the network stays as it is."""
+    twin = copy.deepcopy(net)
+    rows: list[Tensor] = []
+    for block in twin.layers:
+        block.register_forward_hook(lambda module, given, out: rows.append(out.detach()))
+    functional.loss(twin(graph), graph).backward()
+    gradients = {name: p.grad for name, p in twin.named_parameters() if p.grad is not None}
+    watch(gradients, [Activations(*level) for level in zip(rows, graph.weights, strict=True)])
 
 
 def prefixed(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:

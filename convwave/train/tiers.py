@@ -15,7 +15,7 @@ names its file as text, which is loaded when the tier is asked for; tiers never 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
@@ -30,6 +30,22 @@ if TYPE_CHECKING:
     from convwave.train.config import Config
 
 
+class Activations(NamedTuple):
+    """What a level puts out in a step.
+
+    Attributes:
+        rows: (N, H).
+        counts: (N,) how many windows contain each row.
+    """
+
+    rows: Tensor
+    counts: Tensor
+
+
+# gets the gradients by their parameters' names, and the activations of every level; both are valid during the call
+Watch = Callable[[Mapping[str, "Tensor"], Sequence[Activations]], None]
+
+
 class Run(Protocol):
     """A training under way: what every tier implements."""
 
@@ -40,8 +56,8 @@ class Run(Protocol):
         """Do what takes long the first time on a machine, and say so; the steps would do it otherwise."""
         return
 
-    def step(self, i: int) -> float:
-        """Do step `i`, return its loss."""
+    def step(self, i: int, watch: Watch | None = None) -> float:
+        """Do step `i`, return its loss; `watch` sees its gradients and activations before the parameters move."""
 
     def steps(self, first: int, stop: int) -> list[float]:
         """Do steps `first` to ``stop - 1``, return their losses."""

@@ -1,0 +1,1 @@
+"""Sweeps: many trainings of varied recipes over seeds, and what they say."""
