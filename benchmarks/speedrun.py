@@ -11,8 +11,8 @@ the text, a string, to the final network: splitting, packing, graphs, initial we
 statistics for evaluation, which see the training split only. Not timed: imports, warm-up, evaluation. Where the target
 is missed, no time is printed or written.
 
-The post's own loop is the baseline, timed in the same run: 500 of its 200,000 steps before every training,
-scaled up, and called so.
+Timed in the same run: 500 of the 200,000 steps of the post's own loop before every training, scaled up, and called so;
+and on the post's track, with the first seeds, what a competent user gets without this library (`baselines`).
 """
 
 from __future__ import annotations
@@ -23,12 +23,14 @@ import json
 import statistics
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import convwave as cw
+from benchmarks import baselines
 from benchmarks.harness import synchronize
 from benchmarks.results import RESULTS, write_json
 from convwave.cli.console import stderr
@@ -37,7 +39,8 @@ from convwave.sweep.statistics import estimate, p_below
 from convwave.train import PUBLISHED, Config, UsageError, available_tiers, begin, fit, threads
 
 SEEDS, LEVEL = 20, 0.01
-BLOG_STEPS = 500  # of the baseline, between two trainings
+BLOG_STEPS = 500  # of the post's loop, between two trainings
+BASELINE_SEEDS = 5
 
 
 class Track(NamedTuple):
@@ -97,6 +100,47 @@ class PostLoop:
         return statistics.median(self.pieces) * self.config.steps
 
 
+class Baselines:
+    """Training without this library, from the same text to the same split, timed between other trainings."""
+
+    def __init__(self, words: cw.Words) -> None:
+        self.text, splits = "\n".join(words.words), cw.split_words(words.words)
+        train = set(splits.train)
+        self._split = {"val": splits.val, "novel_val": [word for word in splits.val if word not in train]}
+        self.runs: dict[str, list[dict[str, Any]]] = {}
+
+    def piece(self, seed: int) -> None:
+        with threads(1):
+            for name, baseline in baselines.BASELINES.items():
+                self._timed(name, partial(baselines.train, baseline=baseline, seed=seed), baselines.loss)
+            if seed == 0:  # counting draws nothing
+                self._timed("kneser_ney", baselines.kneser_ney, lambda model, words, _: model.loss(words))
+
+    def _timed(self, name: str, train: Callable[..., Any], loss: Callable[..., float]) -> None:
+        started, cpu_started = time.perf_counter(), time.process_time()
+        words = self.text.split("\n")
+        vocabulary = cw.Vocabulary.from_words(words)
+        model = train(cw.split_words(words).train, vocabulary)
+        times = {"seconds": time.perf_counter() - started, "cpu_seconds": time.process_time() - cpu_started}
+        losses = {split: loss(model, words, vocabulary) for split, words in self._split.items()}
+        self.runs.setdefault(name, []).append(times | losses)
+        stderr().print(f"  {name}: {times['cpu_seconds']:.2f} s of CPU, val {losses['val']:.4f}")
+
+    def report(self, cpu_seconds: float) -> dict[str, Any]:
+        """Per baseline losses, times, and how many times ours its CPU time is."""
+        found = {}
+        for name, runs in self.runs.items():
+            times = {key: quantiles([run[key] for run in runs]) for key in ("seconds", "cpu_seconds")}
+            losses = {split: [run[split] for run in runs] for split in self._split}
+            settings = baselines.BASELINES[name]._asdict() if name in baselines.BASELINES else {"title": KNESER_NEY}
+            ratio = times["cpu_seconds"]["median"] / cpu_seconds
+            found[name] = {**settings, "losses": losses, **times, "times_our_cpu_time": ratio}
+        return found
+
+
+KNESER_NEY = "interpolated Kneser-Ney of order 5: counts, no training"
+
+
 def quantiles(values: Sequence[float]) -> dict[str, float]:
     """Median with the extremes."""
     return {"median": statistics.median(values), "min": min(values), "max": max(values), "runs": len(values)}
@@ -106,14 +150,18 @@ def prepare(words: cw.Words, factors: tuple[int, ...] = (2, 2, 2)) -> cw.Evaluat
     return cw.EvaluationSet(cw.split_words(words.words), cw.Vocabulary.from_words(words.words), factors)
 
 
-def over_seeds(words: cw.Words, config: Config, seeds: int, loop: PostLoop | None = None) -> dict[str, Any]:
-    """Losses and times of a recipe over seeds 0, 1, ..; with a piece of the post's loop before every training."""
+def over_seeds(
+    words: cw.Words, config: Config, seeds: int, loop: PostLoop | None = None, rivals: Baselines | None = None
+) -> dict[str, Any]:
+    """Losses and times of a recipe over seeds 0, 1, ..; with a piece of the others before every training."""
     text, evaluation = "\n".join(words.words), prepare(words, config.factors)
     timed_training(text, replace(config, steps=3))  # warm-up
     runs, losses = [], []
     for seed in range(seeds):
         if loop is not None:
             loop.piece()
+        if rivals is not None and seed < BASELINE_SEEDS:
+            rivals.piece(seed)
         runs.append(timed_training(text, replace(config, seed=seed)))
         found = evaluation.losses(runs[-1].model.cpu())
         losses.append({split: float(loss.loss or 0) for split, loss in found.items()})
@@ -135,17 +183,20 @@ def over_seeds(words: cw.Words, config: Config, seeds: int, loop: PostLoop | Non
             "seconds_scaled_to_200000_steps": loop.seconds,
         }
         report["times_faster"] = loop.seconds / statistics.median(seconds)
+    if rivals is not None:
+        report["baselines"] = rivals.report(report["cpu_seconds"]["median"])
     return report
 
 
 def speedrun(words: cw.Words, name: str, config: Config) -> dict[str, Any]:
     """Train once per seed and judge; without times where the target is missed."""
     track = TRACKS[name]
-    found = over_seeds(words, config, SEEDS, PostLoop(words, BLOG_STEPS))
+    rivals = Baselines(words) if name == "post" and config.device == "cpu" else None
+    found = over_seeds(words, config, SEEDS, PostLoop(words, BLOG_STEPS), rivals)
     val, parameters = found["losses"]["val"], found["config"]["parameters"]
     mean, p = estimate(val), p_below(val, track.target)
     reached = parameters <= track.parameters and mean.mean <= track.target and p < LEVEL
-    times = ("seconds", "cpu_seconds", "all_seconds", "post_loop", "times_faster")
+    times = ("seconds", "cpu_seconds", "all_seconds", "post_loop", "times_faster", "baselines")
     return {
         "track": name,
         "title": track.title,
