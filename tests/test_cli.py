@@ -371,7 +371,7 @@ def test_an_interrupted_run_is_evaluated_and_sampled(model: str, keep: str, few:
         captured = capsys.readouterr()
         losses.append(last_json(captured.out)["splits"]["val"]["loss"])
     assert "was interrupted" in captured.err
-    assert losses[0] == losses[1]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-6)  # statistics by loops, and by PyTorch
     assert cli.main(["sample", str(cut), "-n", "5"]) == 0
     few_gone = json.loads((cut / "run.json").read_text())
     few_gone["data"]["path"] = str(tmp_path / "gone.txt")

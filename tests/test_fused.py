@@ -616,6 +616,17 @@ def test_compiling_is_announced_once() -> None:
     assert len(said) == 1
 
 
+def test_it_runs_where_nothing_can_be_written(monkeypatch: pytest.MonkeyPatch) -> None:
+    """numba then has no place for its files, and says so with a RuntimeError."""
+    assert type(loops._entry(lambda x: x)._cache).__name__ == "FunctionCache"
+
+    def nowhere(self: object) -> None:
+        raise RuntimeError("cannot cache function: no locator available")
+
+    monkeypatch.setattr(numba.core.dispatcher.Dispatcher, "enable_caching", nowhere)
+    assert loops._entry(lambda x: 2 * x)(4) == 8
+
+
 def test_a_run_prepares_all_that_it_calls(few: cw.Words) -> None:
     """No function is compiled for other types later: the message would come too late."""
     entries = [value for name, value in vars(loops).items() if isinstance(value, numba.core.dispatcher.Dispatcher)]

@@ -26,6 +26,7 @@ and backward, with dh the gradient of h::
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any, NamedTuple
 
 import llvmlite.binding
@@ -48,7 +49,14 @@ Ints = NDArray[np.int32]
 _COMPILER = {"error_model": "numpy", "nogil": True}
 _exact = numba.njit(**_COMPILER, fastmath={"contract"})
 _inner = numba.njit(**_COMPILER, fastmath={"contract", "nsz", "reassoc"})
-_entry = numba.njit(**_COMPILER, fastmath={"contract", "nsz", "reassoc"}, cache=True)
+
+
+def _entry(function: Callable[..., Any]) -> Any:
+    """Compiled as `_inner`, and kept in numba's files where there is a folder to write them to."""
+    compiled = _inner(function)
+    with suppress(RuntimeError):
+        compiled.enable_caching()
+    return compiled
 
 
 class Network(NamedTuple):
