@@ -129,7 +129,7 @@ def score_names_kernel(
             tl.store(out_ptr + o_n, (b_max - b_hit) + b_log, mask=m_n)
         else:
             b_y = (b_y - b_max[:, None]) - b_log[:, None]
-            p_y = out_ptr + start * V + (o_t[:, None] * V + o_v[None, :])
+            p_y = (out_ptr + o_n * V)[:, None] + o_v[None, :]
             tl.store(p_y, b_y, mask=m_n[:, None] & (o_v < V)[None, :])
         start += tl.num_programs(0) * (BT - halo)
 
