@@ -161,21 +161,25 @@ def speedrun(words: cw.Words, name: str, config: Config) -> dict[str, Any]:
     }
 
 
-PARTS = {  # of a training in tier "cpu": in which part the time of a function counts
+PARTS = {  # of a training in tier "cpu" or "fused": in which part the time of a function counts
     "Vocabulary.from_words": "text and packing",
     "split_words": "text and packing",
     "pack": "text and packing",
     "distinct_graph": "graph of all contexts",
     "StepReader.batch": "batches",
+    "Parts.__call__": "batches",
     "ClosedForm.gradients": "gradients",
+    "gradients": "gradients",
     "MuonAdam.step": "optimiser",
+    "update": "optimiser",
     "recompute_statistics": "running statistics",
+    "FusedRun.finish": "running statistics",
 }
 
 
 def by_part(text: str, config: Config) -> dict[str, float]:
-    """Seconds in each part of a training in tier "cpu"."""
-    profiler = cProfile.Profile()
+    """CPU seconds in each part of a training in tier "cpu" or "fused"."""
+    profiler = cProfile.Profile(time.process_time)
     profiler.runcall(timed_training, text, config)
     spent = dict.fromkeys(PARTS.values(), 0.0)
     for entry in profiler.getstats():
@@ -186,13 +190,65 @@ def by_part(text: str, config: Config) -> dict[str, float]:
     return spent
 
 
+def products(text: str, config: Config) -> dict[str, float]:
+    """The matrix products of a training in tier "fused" by themselves: below their time no step can get."""
+    import numpy as np
+
+    from convwave.ops import loops
+    from convwave.ops.compiled import threads_of_torch
+    from convwave.train.fused import Parts
+    from convwave.train.setup import convolution
+
+    words = text.split("\n")
+    vocabulary = cw.Vocabulary.from_words(words)
+    parts = Parts(convolution(config, cw.pack(cw.split_words(words).train, vocabulary), vocabulary)[1])
+    V, E, H, least = len(vocabulary), config.n_embd, config.n_hidden, min(2 * config.n_embd, config.n_hidden)
+    # (m, k, n, first transposed, second transposed): Muon's of level 0 and of the others, the same in every step
+    muon = [(least, max(2 * E, H), least, 2 * E > H, 2 * E < H), (least, least, least, False, False)]
+    muon += [(2 * E, least, H, False, False)]
+    muon += (config.levels - 1) * [(H, 2 * H, H, True, False), (H, H, H, False, False), (2 * H, H, H, False, False)]
+    chosen = range(config.steps // 20, config.steps, config.steps // 10)
+    seconds = flops = 0.0
+    for i in chosen:
+        part = parts(i)
+        shapes = config.recipe.orthogonal_steps * muon
+        for level in range(config.levels):
+            C = H if level else E
+            for first_row, stop in part.ranges[level].tolist():
+                R = stop - first_row
+                shapes += [(R, C, H, False, False), (C, R, H, True, False), (R, H, C, False, False)]
+        for start in range(0, int(part.rows[-2]), loops.BLOCK):
+            n = min(loops.BLOCK, int(part.rows[-2]) - start)
+            shapes += [(V, H, n, False, True), (V, n, H, False, False), (n, V, H, True, False)]
+        with threads_of_torch():
+            for m, k, n, first, second in shapes:
+                a, b = (
+                    np.ones((k, m) if first else (m, k), np.float32),
+                    np.ones((n, k) if second else (k, n), np.float32),
+                )
+                out, times = np.empty((m, n), np.float32), []
+                for _ in range(5):
+                    began = time.process_time_ns()
+                    loops.product(a, first, b, second, 0.0, out)
+                    times.append(time.process_time_ns() - began)
+                seconds += min(times) * 1e-9
+                flops += 2 * m * k * n
+    scale = config.steps / len(chosen)
+    return {
+        "milliseconds": 1000 * seconds * scale,
+        "gflop": flops * scale * 1e-9,
+        "gflop_per_second": flops / seconds * 1e-9,
+    }
+
+
 def profile(words: cw.Words, config: Config, runs: int = 7) -> dict[str, Any]:
     """Where the time of the fastest of some trainings goes, under cProfile."""
     text = "\n".join(words.words)
     timed_training(text, replace(config, steps=3))
     best = min((by_part(text, config) for _ in range(runs)), key=lambda part: sum(part.values()))
     milliseconds = {name: 1000 * seconds for name, seconds in best.items()}
-    return {"config": config.summary(), "milliseconds": milliseconds, "runs": runs}
+    found = {"config": config.summary(), "milliseconds": milliseconds, "runs": runs}
+    return found | ({"products": products(text, config)} if config.tier == "fused" else {})
 
 
 def verdict(found: dict[str, Any]) -> str:
@@ -227,8 +283,8 @@ def main() -> int:
         config = Config.make(recipe=recipe, device=args.device, tier=args.tier)
     except UsageError as error:
         parser.error(str(error))
-    if args.profile and config.tier != "cpu":
-        parser.error(f"--profile: expected tier cpu, got {config.tier}")
+    if args.profile and config.tier not in ("cpu", "fused"):
+        parser.error(f"--profile: expected tier cpu or fused, got {config.tier}")
 
     fastest = available_tiers(config.model, config.recipe, config.device)[0]
     given = {  # what differs from a plain run: in the command and in the name of the file

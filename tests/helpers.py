@@ -10,11 +10,13 @@ from torch.nn import functional as F
 
 import convwave as cw
 from convwave import reference
+from convwave.train.tiers import available_tiers
 from convwave.verify.compare import CONTRACT as RELATIVE
 from convwave.verify.compare import per_position as per_position
 from convwave.verify.compare import relative_error as relative_error
 
 Module = TypeVar("Module", bound=nn.Module)
+CPU_TIERS = available_tiers()  # with "fused" where the extra `fast` is installed
 GRAPHS = [cw.windowed_graph, cw.dense_graph, cw.distinct_graph]
 
 

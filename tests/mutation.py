@@ -41,6 +41,8 @@ _FILES = {
     "data": "graph batches data frozen per_level equivalence distribution",
     "ops.functional": "ops per_level nn equivalence",
     "ops.library": "per_level nn ops evaluation equivalence closed_form",
+    "ops.loops": "fused",
+    "ops.compiled": "fused",
     "ops.stack": "per_level equivalence kernels ops nn",
     "ops": "per_level equivalence nn ops closed_form",
     "kernels": "per_level kernels",
@@ -48,6 +50,7 @@ _FILES = {
     "runs.metrics": "metrics",
     "runs": "runs training cli",
     "cli": "runs sampling cli",
+    "train.fused": "fused",
     "train.loop": "runs training",
     "train.config": "training cli",
     "train.diagnostics": "metrics",
@@ -389,8 +392,8 @@ MUTANTS = [
     Mutant(
         "a stage of contexts begins where the text does",
         "data.batches",
-        "alpha=step - self._begin[stage] + 1",
-        "alpha=step % 3",
+        "self._probabilities[stage], step - self._begin[stage] + 1",
+        "self._probabilities[stage], step % 3",
     ),
     Mutant(
         "inference: BatchNorm's mean not subtracted",
@@ -840,6 +843,43 @@ MUTANTS += [
         "device=starts.device) - starts)",
         "device=starts.device) - starts + 1)",
     ),
+    # the compiled loops, which numba compiles anew for every fault: its cache lies beside the planted file
+    Mutant(
+        "loops: counts ignored in the mean",
+        "ops.loops",
+        "c[part.taps[level, j, n]] += weights[n]",
+        "c[part.taps[level, j, n]] += 1",
+    ),
+    Mutant("loops: no gradient through the variance", "ops.loops", "w * (a[h] + b[h] * z[n, h])", "w * a[h]"),
+    Mutant(
+        "loops: biased for unbiased in the backward pass",
+        "ops.loops",
+        "rstd[level, h] / np.float32(total - 1)",
+        "rstd[level, h] / np.float32(total)",
+    ),
+    Mutant("loops: tanh ends too early", "ops.loops", "_TANH_END = np.float32(9.01)", "_TANH_END = np.float32(8.0)"),
+    Mutant("loops: ln 2 in one piece", "ops.loops", " - k * _LN2_LOW", ""),
+    Mutant("loops: the newer tap reads from row 0", "ops.loops", "newer[n] -= only_older", "newer[n] -= 0"),
+    Mutant(
+        "loops: targets of drawn contexts are not scaled",
+        "ops.loops",
+        "text.targets[k, 1] * np.float32(scale)",
+        "np.float32(text.targets[k, 1])",
+    ),
+    Mutant("loops: Muon without Nesterov", "ops.loops", "np.float32(muon.momentum) * (m", "np.float32(1) * (m"),
+    Mutant(
+        "loops: the head's gradient is that of the last block",
+        "ops.loops",
+        "False, 0 if start == 0 else 1, grad.head)",
+        "False, 0, grad.head)",
+    ),
+    Mutant(
+        "fused: contexts of few names are all contexts",
+        "train.fused",
+        "if self.reader.reads_all and not contexts:",
+        "if self.reader.reads_all:",
+    ),
+    Mutant("fused: Adam's steps start anew", "train.fused", 'self._done = int(optimizer["steps"])', "self._done = 0"),
 ]
 
 MUTANTS += [

@@ -745,7 +745,7 @@ def test_divergence_is_status_1(few: Path, tmp_path: Path, capsys, monkeypatch) 
     from convwave.train.closed_form import ClosedFormRun
 
     monkeypatch.setattr(ClosedFormRun, "step", lambda self, i: float("inf"))
-    assert cli.main(["train", "--out", str(tmp_path / "r"), "--data", str(few)]) == 1
+    assert cli.main(["train", "--tier", "cpu", "--out", str(tmp_path / "r"), "--data", str(few)]) == 1
     assert capsys.readouterr().err.splitlines()[-1].startswith("convwave: the loss is inf at step 1")
 
 

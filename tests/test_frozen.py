@@ -23,7 +23,7 @@ from convwave.train.loop import begin
 from convwave.train.optim import ADAM_BETA2, Muon, make_optimizers, orthogonalize
 from convwave.train.recipes import FAST, RECIPES, SPRINT, vary
 from convwave.train.setup import convolution
-from tests.helpers import relative_error
+from tests.helpers import CPU_TIERS, relative_error
 
 
 @pytest.fixture(scope="module")
@@ -209,7 +209,7 @@ def test_a_new_network_has_the_posts_scales() -> None:
         assert torch.equal(values, torch.full_like(values, float(name.endswith("norm.weight")))), name
 
 
-@pytest.mark.parametrize("tier", ["reference", "cpu"])
+@pytest.mark.parametrize("tier", CPU_TIERS)
 def test_a_run_begins_with_those_scales_and_its_seed(tier: str, corpus: cw.Corpus) -> None:
     config = Config.make(tier=tier, n_hidden=90, seed=5)
     model = begin(config, corpus.train, corpus.vocabulary).model()
@@ -223,7 +223,7 @@ def test_a_run_begins_with_those_scales_and_its_seed(tier: str, corpus: cw.Corpu
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), same.parameters(), strict=True))
 
 
-@pytest.mark.parametrize("tier", ["reference", "cpu"])
+@pytest.mark.parametrize("tier", CPU_TIERS)
 def test_weight_decay_is_the_recipes_of_every_parameter(tier: str, corpus: cw.Corpus) -> None:
     """Two first steps, one without decay: they differ by rate * lr * decay of each weight and by nothing else."""
     recipe = vary(FAST, {"weight_decay": 0.4, "warmup": 0.0})
@@ -301,7 +301,7 @@ FIRST_LOSSES = {
 }
 
 
-@pytest.mark.parametrize("tier", ["reference", "cpu"])
+@pytest.mark.parametrize("tier", CPU_TIERS)
 @pytest.mark.parametrize("recipe", ["fast", "sprint", "record"])
 def test_the_first_losses_are_what_they_always_were(recipe: str, tier: str, corpus: cw.Corpus) -> None:
     """Five steps from a seed, on any machine: draws are whole numbers, and rounding is far below 1e-3."""

@@ -17,6 +17,7 @@ from convwave.runs.folder import MODEL_FILE, STATE_FILE, STATE_FORMAT
 from convwave.runs.registry import newest_run
 from convwave.train.config import Config, Interrupted
 from convwave.train.loop import read_network, train
+from tests.helpers import CPU_TIERS
 from tests.test_training import StopAfter
 
 
@@ -26,7 +27,7 @@ def few() -> cw.Words:
     return words._replace(words=words.words[:400])
 
 
-@pytest.mark.parametrize("tier", ["reference", "cpu"])
+@pytest.mark.parametrize("tier", CPU_TIERS)
 def test_seconds_of_all_parts_of_a_run_are_added_up(tier: str, few: cw.Words, tmp_path: Path) -> None:
     """1,000 seconds are written into the state of a run that was stopped; they must be in what it ends with."""
     config = Config.make(steps=6, batch=64, tier=tier)

@@ -14,6 +14,7 @@ from benchmarks import speedrun
 from benchmarks.speedrun import TRACKS, timed_training
 from convwave.sweep.statistics import p_below
 from convwave.train import Config, train
+from tests.helpers import CPU_TIERS
 
 
 @pytest.mark.parametrize(
@@ -79,6 +80,16 @@ def test_what_a_run_writes(names_txt: cw.Words, tmp_path, capsys, monkeypatch) -
     assert {"device", "versions", "commit", "command"} <= report["provenance"].keys()
 
 
+@pytest.mark.skipif("fused" not in CPU_TIERS, reason="needs numba and SciPy: pip install 'convwave[fast]'")
+def test_the_products_of_a_training_are_counted(words: cw.Words) -> None:
+    config = Config.make(recipe="sprint", steps=20, batch=64, n_embd=2, n_hidden=3, levels=1)
+    found = speedrun.products("\n".join(words.words[:400]), config)
+    assert found["gflop_per_second"] == pytest.approx(found["gflop"] / found["milliseconds"] * 1000)
+    # 86 rows on average: the head and its two gradients; three products of 2 x 27 tokens; Muon's
+    head, level, muon = 3 * 86 * 27 * 3, 3 * 2 * 27 * 2 * 3, 3 * (3 * 4 * 3 + 3 * 3 * 3 + 4 * 3 * 3)
+    assert found["gflop"] == pytest.approx(20 * 2e-9 * (head + level + muon), rel=0.3)
+
+
 def test_unknown_tiers_are_refused(names_txt: cw.Words, capsys, monkeypatch) -> None:
     monkeypatch.setattr(sys, "argv", ["speedrun", "--tier", "warp"])
     with pytest.raises(SystemExit, match="2"):
@@ -90,8 +101,10 @@ def test_unknown_tiers_are_refused(names_txt: cw.Words, capsys, monkeypatch) -> 
     assert "needs SciPy" in capsys.readouterr().err
 
 
-def test_the_profile_finds_every_part_of_a_training(words: cw.Words) -> None:
-    config = Config.make(recipe="sprint", steps=2, batch=64)
-    spent = speedrun.by_part("\n".join(words.words[:400]), config)
+@pytest.mark.parametrize("tier", CPU_TIERS[:-1])
+def test_the_profile_finds_every_part_of_a_training(tier: str, words: cw.Words) -> None:
+    config, text = Config.make(recipe="sprint", steps=2, batch=64, tier=tier), "\n".join(words.words[:400])
+    speedrun.timed_training(text, config)  # numba ends a profile when it reads a function
+    spent = speedrun.by_part(text, config)
     assert spent.keys() == set(speedrun.PARTS.values())
     assert all(seconds > 0 for seconds in spent.values()), spent

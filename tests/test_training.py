@@ -32,8 +32,8 @@ from convwave.train.config import Config, Diverged, Interrupted, UsageError
 from convwave.train.loop import Reporter, train
 from convwave.train.recipes import BLOG, FAST, RECIPES, RECORD, parse_field, read_recipe, vary
 from convwave.train.setup import recompute_statistics
-from convwave.train.tiers import available_tiers, begin
-from tests.helpers import relative_error
+from convwave.train.tiers import Run, available_tiers, begin
+from tests.helpers import CPU_TIERS, relative_error
 
 
 @pytest.fixture(scope="module")
@@ -61,12 +61,11 @@ class StopAfter(Reporter):
 
 
 CONFIGS = [
-    Config.make("convwave", "fast", steps=12, batch=64),
-    Config.make("convwave", "fast", steps=7, batch=10_000),  # the whole split every step
-    Config.make("convwave", "record", steps=5, batch=32, n_hidden=20),
-    Config.make("convwave", "sprint", steps=12, batch=100),
-    Config.make("convwave", "fast", steps=12, batch=64, tier="reference"),
-    Config.make("convwave", "sprint", steps=5, batch=100, tier="reference"),
+    *(Config.make("convwave", "fast", steps=12, batch=64, tier=tier) for tier in CPU_TIERS),
+    # the whole split every step
+    *(Config.make("convwave", "fast", steps=7, batch=10_000, tier=tier) for tier in CPU_TIERS[:-1]),
+    *(Config.make("convwave", "record", steps=5, batch=32, n_hidden=20, tier=tier) for tier in CPU_TIERS[:-1]),
+    *(Config.make("convwave", "sprint", steps=12, batch=100, tier=tier) for tier in CPU_TIERS),
     Config.make("convwave", "blog", steps=12),
     Config.make("hierarchical", steps=12),
     Config.make("mlp3", steps=12),
@@ -194,20 +193,21 @@ def test_every_epoch_visits_every_name_once(few: cw.Words) -> None:
     assert epochs[0] != epochs[1], "another order"
 
 
-@pytest.mark.parametrize("tier", ["reference", "cpu"])
+@pytest.mark.parametrize("tier", CPU_TIERS)
 def test_divergence_stops_with_a_clear_error_and_keeps_the_last_good_state(
     tier: str, few: cw.Words, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = Config.make(steps=20, batch=64, tier=tier)
-    kind = ClosedFormRun if tier == "cpu" else ConvolutionRun
+    corpus = cw.Corpus(few)
+    kind = type(begin(config, corpus.train, corpus.vocabulary))
     step = kind.step
 
-    def poisoned(self: ConvolutionRun, i: int) -> float:
+    def poisoned(self: Run, i: int) -> float:
         loss = step(self, i)
         if i == 12:  # the loss of this step is still finite, its weights are not
-            weight = self.form.vectors["head.weight"] if isinstance(self, ClosedFormRun) else self.net.head.weight
-            with torch.no_grad():
-                weight[0, 0] = float("nan")
+            weights = {name: p.detach().clone() for name, p in self.model().named_parameters()}
+            weights["head.weight"][0, 0] = float("nan")
+            self.begin_with(self.model().state_dict() | weights)
         return loss
 
     monkeypatch.setattr(kind, "step", poisoned)
@@ -225,7 +225,7 @@ def test_divergence_stops_with_a_clear_error_and_keeps_the_last_good_state(
 
 @pytest.mark.parametrize("during", ["finish", "state"])
 def test_ctrl_c_at_the_very_end_is_not_lost(during: str, few: cw.Words, tmp_path: Path, monkeypatch) -> None:
-    config = Config.make(steps=4, batch=64)
+    config = Config.make(steps=4, batch=64, tier="cpu")
     original = getattr(ClosedFormRun, during)
     calls = []
 
@@ -255,12 +255,13 @@ def test_two_processes_cannot_train_in_one_directory(few: cw.Words, tmp_path: Pa
     train(config, few, tmp_path)
 
 
-@pytest.mark.parametrize(("tier", "optimizer"), [("reference", "optimizer.head.bias"), ("cpu", "optimizer.exp_avg_sq")])
-def test_damaged_states_are_named(tier: str, optimizer: str, few: cw.Words, tmp_path: Path) -> None:
+@pytest.mark.parametrize("tier", CPU_TIERS)
+def test_damaged_states_are_named(tier: str, few: cw.Words, tmp_path: Path) -> None:
     config = Config.make(steps=3, batch=64, tier=tier)
     train(config, few, tmp_path)
     path = tmp_path / STATE_FILE
     tensors, metadata = read_tensors(path, STATE_FORMAT)
+    optimizer = "optimizer.head.bias" if tier == "reference" else "optimizer.exp_avg_sq"
     for name in ("losses", optimizer, "generator", "model.head.bias"):
         kept = {key: t for key, t in tensors.items() if not key.startswith(name)}
         assert len(kept) < len(tensors)
@@ -292,7 +293,7 @@ def test_damaged_states_are_named(tier: str, optimizer: str, few: cw.Words, tmp_
         training.read_config(tmp_path)
 
 
-@pytest.mark.parametrize("tier", ["cpu", "reference"])
+@pytest.mark.parametrize("tier", CPU_TIERS)
 def test_a_state_of_other_shapes_is_refused_before_a_network_is_built(
     tier: str, few: cw.Words, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -304,7 +305,7 @@ def test_a_state_of_other_shapes_is_refused_before_a_network_is_built(
     tensors, metadata = read_tensors(path, STATE_FORMAT)
     right, width = metadata["config"], 2**20
     big = torch.zeros(width, dtype=torch.int8)  # a matrix of them would take 8 TB
-    moment = "optimizer.exp_avg" if tier == "cpu" else "optimizer.head.bias.exp_avg"
+    moment = "optimizer.head.bias.exp_avg" if tier == "reference" else "optimizer.exp_avg"
     damaged = [
         ({}, {"n_hidden": width}),
         ({}, {"n_embd": width}),
@@ -335,7 +336,7 @@ def test_a_state_of_other_shapes_is_refused_before_a_network_is_built(
     assert train(config, few, tmp_path, resume=True).config.steps == 12
 
 
-@pytest.mark.parametrize("tier", ["cpu", "reference"])
+@pytest.mark.parametrize("tier", CPU_TIERS)
 def test_validation_is_measured_on_the_way(tier: str, few: cw.Words) -> None:
     """Each figure is the one that stopping there gives, none moves a weight, and the best network is the lowest one."""
     corpus = cw.Corpus(few)
@@ -365,7 +366,7 @@ def test_steps_follow_the_data_but_not_those_of_the_post(few: cw.Words) -> None:
     assert config.suited(cw.Corpus(cw.Words(["anna", "berta"], "x", "0"))).keep == "last", "no word to choose by"
 
 
-@pytest.mark.parametrize("tier", ["cpu", "reference"])
+@pytest.mark.parametrize("tier", CPU_TIERS)
 @pytest.mark.parametrize("done", [6, 8])
 def test_an_extended_run_begins_its_schedule_anew(tier: str, done: int, few: cw.Words, tmp_path: Path) -> None:
     """A finished run of 8 steps and an interrupted one; interrupted again, it ends in the same bits."""
@@ -469,7 +470,7 @@ def test_the_order_of_names_is_that_of_seed_and_epoch(few: cw.Words) -> None:
         plan = Plan("names", n - 1, 9, seed)
         reader = StepReader(plan, corpus.train, len(corpus.vocabulary), (2, 2, 2), torch.Generator())
         order = torch.randperm(n, generator=torch.Generator().manual_seed(number))[: n - 1]
-        assert torch.equal(reader._names(epoch, n - 1), order)
+        assert torch.equal(reader.names(epoch, n - 1), order)
 
 
 def test_only_left_overs_of_the_run_are_cleared(few: cw.Words, tmp_path: Path) -> None:
@@ -505,17 +506,18 @@ def test_nothing_is_overwritten_or_mixed(few: cw.Words, tmp_path: Path) -> None:
 
 
 def test_outputs(few: cw.Words, tmp_path: Path) -> None:
-    result = train(Config.make(steps=25, batch=64), few, tmp_path)
+    config = Config.make(steps=25, batch=64)
+    result = train(config, few, tmp_path)
     lines = (tmp_path / "loss.csv").read_text().splitlines()
     assert lines[0] == "step,loss"
     assert float(lines[1].split(",")[1]) == pytest.approx(result.losses[0], abs=1e-6)
     assert lines[-1].startswith("25,")
     assert (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG")
     assert not list(tmp_path.glob(".*.partial"))
-    again = cw.EvaluationSet(cw.split_words(few.words), cw.Vocabulary.from_words(few.words), (2, 2, 2)).losses(
-        cw.load(tmp_path / "model.safetensors")
-    )
-    assert again == result.splits
+    corpus = cw.Corpus(few)
+    compiled = config.tier == "fused"
+    again = cw.EvaluationSet(corpus.splits, corpus.vocabulary, (2, 2, 2), compiled=compiled)
+    assert again.losses(cw.load(tmp_path / "model.safetensors")) == result.splits
 
 
 def test_block_means_average_blocks_of_steps() -> None:
@@ -541,7 +543,7 @@ def test_configurations_are_checked() -> None:
     assert Config.make().recipe == FAST
     assert Config.make("mlp3") == Config.make("mlp3", "blog", steps=200_000, batch=32, seed=42)
     assert set(RECIPES) == {"blog", "fast", "record", "sprint", "sprint_wide", "full"}
-    assert Config.make().tier == "cpu"
+    assert Config.make().tier == CPU_TIERS[0]
     assert Config.make(recipe="blog").tier == Config.make("mlp3").tier == "reference"
     for arguments, reason in [
         ({"model": "rnn"}, "model: expected one of"),
@@ -650,7 +652,7 @@ def test_a_recipe_trains_on_whatever_it_reads(few: cw.Words) -> None:
             recipe = replace(FAST, name="mine", optimizer=optimizer, batch_of=kind, steps=3, batch=64)
             tiers = available_tiers(recipe=recipe)
             runs = [train(Config.make(recipe=recipe, tier=tier), few).losses for tier in tiers]
-            assert len(runs) == 1 + (optimizer == "muon")
+            assert ("cpu" in tiers, tiers[-1]) == (optimizer == "muon", "reference")
             assert runs[0] == pytest.approx(runs[-1], abs=2e-4)
 
 

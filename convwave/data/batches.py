@@ -61,11 +61,15 @@ class ContextSampler:
             length = self._begin[stage + 1] - self._begin[stage]
             self._positions.append(torch.add(self._positions[stage], self._probabilities[stage], alpha=length))
 
+    def phases(self, step: int) -> tuple[Tensor, Tensor, int]:
+        """What a step draws by: (R,) float64 phases and probabilities, and how often those have been added so far."""
+        stage = bisect_right(self._begin, step) - 1
+        return self._positions[stage], self._probabilities[stage], step - self._begin[stage] + 1
+
     def __call__(self, step: int) -> tuple[Tensor, Tensor]:
         """The contexts of a step, (N,) int64 ascending, and (N,) float64 its weight, 1 / p."""
-        stage = bisect_right(self._begin, step) - 1
-        probability = self._probabilities[stage]
-        position = torch.add(self._positions[stage], probability, alpha=step - self._begin[stage] + 1)
+        phase, probability, times = self.phases(step)
+        position = torch.add(phase, probability, alpha=times)
         rows = (position.frac_() < probability).nonzero().view(-1)
         return rows, probability.index_select(0, rows).reciprocal_()
 
@@ -331,13 +335,13 @@ class StepReader:
         if plan.batch_of == "windows":
             return self._windows(torch.randint(0, len(packed), (plan.batch,), generator=self.generator, device="cpu"))
         if plan.batch_of == "contexts":
-            return select_contexts(self.everything, *self._sampler(i))
+            return select_contexts(self.everything, *self.sampler(i))
         if plan.batch_of == "names" and plan.token_noise:
-            return self._distinct(self._noisy(packed.select(self._names(i, min(plan.batch, packed.num_words)))))
-        if self._reads_all:
+            return self._distinct(self._noisy(packed.select(self.names(i, min(plan.batch, packed.num_words)))))
+        if self.reads_all:
             return self.everything
         # of the graph of all names, the part that these need: half the time of a graph of their own
-        return self._windows(packed.positions(self._names(i, plan.batch))[0])
+        return self._windows(packed.positions(self.names(i, plan.batch))[0])
 
     def batch(self, i: int) -> Batch:
         """The batch of step i."""
@@ -348,11 +352,11 @@ class StepReader:
         return rows if self.plan.batch_of == "contexts" else round(total)
 
     @property
-    def _reads_all(self) -> bool:
+    def reads_all(self) -> bool:
         return self.plan.batch_of == "text" or self.plan.batch >= self.packed.num_words
 
     @cached_property
-    def _sampler(self) -> ContextSampler:
+    def sampler(self) -> ContextSampler:
         plan, counts = self.plan, self.everything.weights[-1].cpu()
         return ContextSampler(
             counts, plan.batch, round(plan.growth * plan.batch), plan.steps, plan.context_power, plan.seed
@@ -362,14 +366,14 @@ class StepReader:
     def _batches(self) -> Callable[[int], Batch]:
         plan = self.plan
         if plan.batch_of == "contexts":
-            return ContextBatches(self._sampler, self.everything, self.vocab_size)
+            return ContextBatches(self.sampler, self.everything, self.vocab_size)
         if plan.batch_of == "windows" or plan.token_noise:
             return lambda i: graph_batch(self.graph(i), self.vocab_size)
-        if self._reads_all:
+        if self.reads_all:
             full = graph_batch(self.everything, self.vocab_size)
             return lambda i: full
         batches = NameBatches(self.packed, self.everything, self.vocab_size)
-        return lambda i: batches(self._names(i, plan.batch))
+        return lambda i: batches(self.names(i, plan.batch))
 
     def _distinct(self, packed: Packed) -> Graph:
         return distinct_graph(packed, factors=self.factors).to(self.device)
@@ -377,7 +381,7 @@ class StepReader:
     def _windows(self, positions: Tensor) -> Graph:
         return select_windows(self.everything, positions, self.packed.targets.index_select(0, positions))
 
-    def _names(self, i: int, batch: int) -> Tensor:
+    def names(self, i: int, batch: int) -> Tensor:
         """Indices of the names of step i."""
         epoch, part = divmod(i, self.packed.num_words // batch)
         if epoch != self._epoch:  # the order depends on seed and epoch alone, so resuming needs no more than the step

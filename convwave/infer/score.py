@@ -12,6 +12,7 @@ distinct subcontexts.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from functools import cached_property
 from typing import NamedTuple
 
 import torch
@@ -46,6 +47,7 @@ class EvaluationSet:
         splits: the words.
         vocabulary, factors: of the networks that will be evaluated.
         device: where to evaluate.
+        compiled: by the compiled loops of `ops.loops` where they take the network, on a CPU; else by PyTorch.
 
     Attributes:
         graph: of all positions of all splits, over distinct subcontexts.
@@ -59,17 +61,18 @@ class EvaluationSet:
         vocabulary: Vocabulary,
         factors: tuple[int, ...],
         device: torch.device | str = "cpu",
+        compiled: bool = False,
     ) -> None:
         packed = pack([*splits.train, *splits.val, *splits.test], vocabulary)
         graph, pair = distinct_graph_and_targets(packed, factors=factors)
         self.graph, self._pair = graph.to(device), pair.to(device)
         self.targets = packed.targets.to(device)
-        self._infer = Inference(self.graph) if self.targets.device.type == "cpu" else None
-        self._packed: Packed | None = None
-        if self._infer is None:
-            self._packed, index = packed.to(device), torch.arange(len(packed), device=device)
-            first = torch.full_like(self.graph.target_ids, len(packed))  # position of each pair
-            self._first = first.scatter_reduce_(0, self._pair.long(), index, "amin")
+        self._words = splits, vocabulary
+        self._compiled = None
+        if compiled and self.targets.device.type == "cpu":
+            from convwave.infer.compiled import CompiledLosses
+
+            self._compiled = CompiledLosses(self.graph) if CompiledLosses.fits(self.graph) else None
 
         train = set(splits.train)
         novel = [word not in train for word in splits.val]
@@ -91,6 +94,19 @@ class EvaluationSet:
                 counts.add_(torch.bincount(pair[chosen], minlength=pairs))
         self._positions: list[int] = self._counts.sum(1).long().tolist()
 
+    @cached_property
+    def _infer(self) -> Inference | None:
+        return Inference(self.graph) if self.targets.device.type == "cpu" else None
+
+    @cached_property
+    def _names(self) -> tuple[Packed, Tensor]:
+        """All words packed, for a kernel that reads them whole; and a position of every pair."""
+        splits, vocabulary = self._words
+        packed = pack([*splits.train, *splits.val, *splits.test], vocabulary).to(self.targets.device)
+        example = torch.empty_like(self.graph.target_ids)
+        example[self._pair] = torch.arange(len(packed), device=example.device)
+        return packed, example
+
     @torch.no_grad()
     def nll(self, model: ConvWave) -> Tensor:
         """(N,) negative log-likelihood of every packed position's target, in evaluation mode."""
@@ -99,14 +115,16 @@ class EvaluationSet:
     @torch.no_grad()
     def _of_pairs(self, model: ConvWave) -> Tensor:
         """The same for every distinct pair of context and target: 88,331 in names.txt."""
+        if self._compiled is not None and self._compiled.takes(model):
+            return self._compiled(model)
         if self._infer is not None:
             return self._infer.nll(model)
         with evaluating(model):
             levels = [block.level() for block in model.layers]
             if model.factors == self.graph.factors and _takes_whole_names(model, levels):
-                assert self._packed is not None
                 network = model.embedding.weight, levels, model.head.weight, model.head.bias
-                return score_names(*network, self._packed, precision=model.precision).index_select(0, self._first)
+                packed, example = self._names
+                return score_names(*network, packed, precision=model.precision).index_select(0, example)
             logp = F.log_softmax(model(self.graph), dim=1)
         return -logp[self.graph.target_rows, self.graph.target_ids]
 

@@ -247,12 +247,15 @@ class _Training:
     @cached_property
     def evaluation(self) -> EvaluationSet:
         """Of all splits; also what measures the validation loss on the way."""
-        return EvaluationSet(self.corpus.splits, self.vocabulary, self.config.factors, self.config.device)
+        config = self.config
+        compiled = config.tier == "fused"
+        return EvaluationSet(self.corpus.splits, self.vocabulary, config.factors, config.device, compiled)
 
     def steps(self) -> None:
         """All steps that are not done yet, and what comes after the last."""
         config, saved = self.config, time.perf_counter()
         try:
+            self.run.prepare(self.reporter.message)
             self.reporter.start(config, self.parameters, len(self.losses))
             with interruptible() as interrupted, few_threads(config, self.parameters, self.train):
                 if self.unsaved:

@@ -9,12 +9,14 @@ names its file as text, which is loaded when the tier is asked for; tiers never 
 |---|---|---|
 | ``reference`` | `ConvWave`, autograd, `optim.Muon`, torch's AdamW and SGD | everywhere, every recipe |
 | ``cpu`` | `closed_form`: the same step without autograd | recipes that take Muon, on a CPU |
+| ``fused`` | `ops.loops`: that step as compiled loops, extra ``fast`` | the same, unless batches are windows |
 | ``cuda-graph`` | the fused kernels and both optimisers, a step as one CUDA graph | recipe ``full``, on CUDA |
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 from convwave._lazy import load
@@ -50,6 +52,10 @@ class Run(Protocol):
     block: int = 1  # steps that it can do before it has to wait for their losses
     positions: int  # predicted by the last step
 
+    def prepare(self, message: Callable[[str], None]) -> None:
+        """Do what takes long the first time on a machine, and say so; the steps would do it otherwise."""
+        return
+
     def step(self, i: int, watch: Watch | None = None) -> float:
         """Do step `i`, return its loss; `watch` sees its gradients and activations before the parameters move."""
 
@@ -81,6 +87,8 @@ class Tier(NamedTuple):
         device: device type, None for any.
         models: names in `config.MODELS`, None for any.
         optimizers, batches: `optimizer` and `batch_of` of `recipes.Recipe`, None for any.
+        packages: modules that have to be installed.
+        extra: of convwave, which installs them.
     """
 
     begin: str
@@ -88,9 +96,16 @@ class Tier(NamedTuple):
     models: tuple[str, ...] | None = None
     optimizers: tuple[str, ...] | None = None
     batches: tuple[str, ...] | None = None
+    packages: tuple[str, ...] = ()
+    extra: str = ""
+
+    @property
+    def missing(self) -> list[str]:
+        """The packages that are not installed."""
+        return [name for name in self.packages if find_spec(name) is None]
 
     def runs(self, model: str, recipe: Recipe, device: str) -> bool:
-        """Whether it trains this model by this recipe on this device."""
+        """Whether it trains this model by this recipe on this device, its packages installed."""
         return (
             self.device in (None, device.partition(":")[0])
             and (self.models is None or model in self.models)
@@ -102,6 +117,15 @@ class Tier(NamedTuple):
 # the fastest first
 TIERS = {
     "cuda-graph": Tier("convwave.train.cuda_graph:GraphedRun", "cuda", ("convwave",), ("muon",), ("text",)),
+    "fused": Tier(
+        "convwave.train.fused:FusedRun",
+        "cpu",
+        ("convwave",),
+        ("muon",),
+        ("names", "contexts", "text"),
+        ("numba", "scipy", "threadpoolctl"),
+        "fast",
+    ),
     "cpu": Tier("convwave.train.closed_form:ClosedFormRun", "cpu", ("convwave",), ("muon",)),
     "reference": Tier("convwave.train.autograd:begin"),
 }
@@ -110,7 +134,7 @@ TIERS = {
 def available_tiers(model: str = "convwave", recipe: str | Recipe = "fast", device: str = "cpu") -> list[str]:
     """The tiers that train a model by a recipe on a device, the fastest first."""
     chosen = named(recipe)
-    return [name for name, tier in TIERS.items() if tier.runs(model, chosen, device)]
+    return [name for name, tier in TIERS.items() if tier.runs(model, chosen, device) and not tier.missing]
 
 
 def choose_tier(tier: str, model: str, recipe: str | Recipe, device: str) -> str:
@@ -119,13 +143,17 @@ def choose_tier(tier: str, model: str, recipe: str | Recipe, device: str) -> str
     Raises:
         ValueError: an unknown name, or a tier that cannot run this.
     """
+    recipe = named(recipe)
     available = available_tiers(model, recipe, device)
     if tier == "auto":
         return available[0]
     if tier not in TIERS:
         raise ValueError(f"tier: expected auto or one of {', '.join(TIERS)}, got {tier!r}")
     if tier not in available:
-        by = f"{model} by recipe {named(recipe).name} on {device}"
+        if TIERS[tier].runs(model, recipe, device):
+            packages, extra = ", ".join(TIERS[tier].missing), TIERS[tier].extra
+            raise ValueError(f"tier: {tier} needs {packages}, which is not installed: pip install 'convwave[{extra}]'")
+        by = f"{model} by recipe {recipe.name} on {device}"
         raise ValueError(f"tier: expected one of {', '.join(available)} for {by}, got {tier!r}")
     return tier
 
