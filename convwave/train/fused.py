@@ -180,7 +180,9 @@ class FusedRun(Run):
 
     def step(self, i: int, watch: Watch | None = None) -> float:
         if watch is not None:
+            drawn = self.reader.generator.get_state()
             observe(self.model(), self.reader.graph(i), watch)
+            self.reader.generator.set_state(drawn)  # the step itself reads the same
         recipe, rate, weights = self.config.recipe, self.config.rate(i), self.weights
         part = self.parts(i)
         top, total = int(part.rows[-2]), float(part.totals[-1])
