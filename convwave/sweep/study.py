@@ -261,6 +261,7 @@ class Training:
         config, prepared = self.config, self.prepared
         with self._timed():
             run = begin(config, prepared.train, prepared.vocabulary)
+        run.prepare(lambda text: None)
         with few_threads(config, run.model().num_parameters, prepared.train):
             for stop in (*(point for point in points if point < config.steps), config.steps):
                 with self._timed():

@@ -28,7 +28,8 @@ LOOKS = 20  # at a training
 
 def default_interval(config: Config) -> int:
     """Steps from one look to the next: 20 looks, or fewer where that would be more than 3 % of the time."""
-    return max(300 if config.recipe.batch_of == "windows" else 50, config.steps // LOOKS)
+    least = 300 if config.recipe.batch_of == "windows" else 200 if config.tier == "fused" else 50
+    return max(least, config.steps // LOOKS)
 
 
 class Diagnostics(Run):
@@ -47,6 +48,9 @@ class Diagnostics(Run):
     @property
     def positions(self) -> int:  # type: ignore[override]
         return self._run.positions
+
+    def prepare(self, message: Callable[[str], None]) -> None:
+        self._run.prepare(message)
 
     def steps(self, first: int, stop: int) -> list[float]:
         losses: list[float] = []

@@ -16,7 +16,6 @@ import torch
 from torch import Tensor
 
 from convwave.data.batches import StepReader
-from convwave.data.graph import Graph
 from convwave.data.packing import Packed, Vocabulary
 from convwave.nn import ConvWave
 from convwave.ops import loops
@@ -129,10 +128,10 @@ class Parts:
             self._whole = everything(self.text()[0], self.vocab_size)
         return self._whole
 
-    def __call__(self, i: int, graph: Graph | None = None) -> loops.Part:
-        """The part of step i, whose graph may be given; the next call may overwrite it."""
+    def __call__(self, i: int) -> loops.Part:
+        """The part of step i; the next call may overwrite it."""
         if self.plan.token_noise:
-            return part_of(self.reader.graph(i) if graph is None else graph, self.vocab_size)
+            return part_of(self.reader.graph(i), self.vocab_size)
         contexts = self.plan.batch_of == "contexts"
         if self.reader.reads_all and not contexts:
             return self.whole
@@ -180,11 +179,12 @@ class FusedRun(Run):
         )
 
     def step(self, i: int, watch: Watch | None = None) -> float:
+        if watch is not None:
+            drawn = self.reader.generator.get_state()
+            observe(self.model(), self.reader.graph(i), watch)
+            self.reader.generator.set_state(drawn)  # the step itself reads the same
         recipe, rate, weights = self.config.recipe, self.config.rate(i), self.weights
-        graph = None if watch is None else self.reader.graph(i)
-        if watch is not None and graph is not None:
-            observe(self.model(), graph, watch)
-        part = self.parts(i, graph)
+        part = self.parts(i)
         top, total = int(part.rows[-2]), float(part.totals[-1])
         if total <= 1:
             raise ValueError(f"batch: an unbiased variance needs a total count above 1, got {total:g}")
