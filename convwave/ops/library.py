@@ -4,7 +4,7 @@
 
 - "triton": `torch.ops.convwave.stack_forward`, `stack_inference` and `stack_backward`, registered with shapes for
   tracing; they run the kernels on CUDA tensors of up to 32 bits, and `convwave.ops.stack` elsewhere;
-- "eager": `convwave.ops.stack` without an op in between;
+- "eager": `convwave.ops.stack` without an op in between, `convwave.ops.sequences` for sequences of one length on a CPU;
 - `convwave.ops.naive`, the definition, for all that only autograd can do: second derivatives, `torch.func`,
   forward-mode differentiation, and, on the eager backend, `torch.compile` and `torch.export`.
 
@@ -24,9 +24,10 @@ import torch
 from torch import Tensor
 
 from convwave.data.graph import Consumers, Rows
-from convwave.ops import naive
+from convwave.ops import naive, sequences
 from convwave.ops import stack as twin
 from convwave.ops.level import ACTIVATIONS, Level, Stats, check_total, track
+from convwave.ops.sequences import Shift
 
 BACKENDS = ("auto", "eager", "triton")
 PRECISIONS = ("auto", "ieee", "tf32x3", "tf32")
@@ -110,7 +111,8 @@ class _Tensors(NamedTuple):
     orders: list[Tensor]
 
 
-def _flatten(levels: Sequence[Level], rows: Sequence[Rows]) -> tuple[_Tensors, _Options]:
+def _flatten(levels: Sequence[Level], rows: Sequence[Rows] = ()) -> tuple[_Tensors, _Options]:
+    """Rows of sequences are in `_Call.shifts`."""
     consumers = [row.consumers for row in rows if row.consumers is not None]
     counts = [row.counts for row in rows if row.counts is not None]
     assert len(consumers) in (0, len(rows))
@@ -159,6 +161,8 @@ def _unflatten(t: _Tensors, o: _Options) -> tuple[list[Level], list[Rows]]:
                 activation=ACTIVATIONS[name],
             )
         )
+        if not t.taps:  # of sequences
+            continue
         consumers = Consumers(t.ranges[i], t.orders[i], o.most[i]) if t.ranges else None
         rows.append(Rows(t.taps[i], t.counts[i] if t.counts else None, o.totals[i] or None, consumers))
     return levels, rows
@@ -273,6 +277,7 @@ class _Call(NamedTuple):
     sizes: tuple[int, ...]  # tensors of each kind, in the order of `_Tensors`
     precision: str
     op: bool  # through the ops; else directly in plain PyTorch
+    shifts: Sequence[Shift] | None = None  # of x (B, T, C), sequences of one length; else rows are gathered
 
 
 def _grouped(call: _Call, tensors: Sequence[Tensor]) -> _Tensors:
@@ -292,6 +297,9 @@ class _Stack(torch.autograd.Function):
         if call.op:
             h, zs, stats = torch.ops.convwave.stack_forward(x, *t, *call.options, call.precision)
             return (h, *stats, *zs)
+        if call.shifts is not None:
+            shifted = sequences.forward(x, _unflatten(t, call.options)[0], call.shifts)
+            return (shifted.h, *shifted.stats, *shifted.deviation, *shifted.below)
         tape = twin.forward(x, *_unflatten(t, call.options))
         return (tape.h[-1], *tape.stats, *tape.deviation, *tape.h[:-1], *tape.read)
 
@@ -314,16 +322,20 @@ class _Stack(torch.autograd.Function):
         t, (h, *kept) = _grouped(call, saved[:n]), saved[n:]
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():  # a second derivative is to follow
             return _differentiable_backward(ctx, dh, x, t, call)
-        stats, zs, hs, read = kept[:L], kept[L : 2 * L], kept[2 * L : 3 * L - 1], kept[3 * L - 1 :]
+        stats, zs, rest = kept[:L], kept[L : 2 * L], kept[2 * L :]
         needs_dx = ctx.needs_input_grad[0]
         dx: Tensor | None
         if call.op:
             dx, *lists = torch.ops.convwave.stack_backward(
                 dh, x, zs, stats, needs_dx, *t, *call.options, call.precision
             )
+        elif call.shifts is not None:
+            levels, _ = _unflatten(t, call.options)
+            shifted = sequences.Tape(rest, zs, stats, h)
+            dx, *lists = sequences.backward(dh, x.dtype, levels, shifted, call.shifts, needs_dx)
         else:
             levels, rows = _unflatten(t, call.options)
-            tape = twin.Tape([*hs, h], zs, stats, read, [])
+            tape = twin.Tape([*rest[: L - 1], h], zs, stats, rest[L - 1 :], [])
             dx, *lists = twin.backward(dh, x, levels, tape, rows, needs_dx)
         gradients = [d for tensors in lists for d in tensors]
         gradients = [d.to(p.dtype) for d, p in zip(gradients, (*t.weights, *t.gammas, *t.betas), strict=True)]
@@ -335,9 +347,11 @@ def _differentiable_backward(ctx: Any, dh: Tensor, x: Tensor, t: _Tensors, call:
     variables = [x, *t.weights, *t.gammas, *t.betas]
     needed = [needs for i, needs in enumerate(ctx.needs_input_grad) if i != 1][: len(variables)]
     levels, rows = _unflatten(t, call.options)
-    h, _ = naive.stack(x, levels, rows)
+    if call.shifts is not None:
+        rows = [shift.rows(x.shape[:-1], x.device) for shift in call.shifts]
+    h, _ = naive.stack(x.reshape(-1, x.shape[-1]), levels, rows)
     wanted = [v for v, needs in zip(variables, needed, strict=True) if needs]
-    found = iter(torch.autograd.grad(h, wanted, dh, create_graph=True))
+    found = iter(torch.autograd.grad(h, wanted, dh.reshape(h.shape), create_graph=True))
     dx, *rest = [next(found) if needs else None for needs in needed]
     return (dx, None, *rest, *(None,) * (sum(call.sizes) - len(rest)))
 
@@ -372,13 +386,7 @@ def conv_stack(
         ValueError: too few rows for a variance (as far as totals are known without waiting for a GPU; NaN where not),
             or an unknown precision.
     """
-    if precision not in PRECISIONS:
-        raise ValueError(f"precision: expected one of {', '.join(PRECISIONS)}, got {precision!r}")
-    for level, row in zip(levels, rows, strict=True):
-        if level.of_rows:
-            total = _known_total(row)
-            if total is not None:
-                check_total(total, level.unbiased)
+    _check(levels, rows, 0, precision)
     op = backend == "triton" and runs_kernels(x)
     if _only_autograd_can(x, levels) or (not op and torch.compiler.is_compiling()):
         h, taken = naive.stack(x, levels, rows)
@@ -386,27 +394,81 @@ def conv_stack(
             if stats is not None and level.training:
                 track(level, stats.mean.detach(), stats.var.detach(), stats.total)
         return h
-    parameters = [t for level in levels for t in (level.weight, level.gamma, level.beta)]
-    differentiable = torch.is_grad_enabled() and any(t.requires_grad for t in (x, *parameters))
     tensors, options = _flatten(levels, rows)
-    if not differentiable and not any(options.training):
+    if not _keeps(x, levels):
         if op:
             return torch.ops.convwave.stack_inference(x, *tensors, *options, precision)
         return twin.inference(x, levels, rows)
     call = _Call(options, tuple(len(kind) for kind in tensors), precision, op)
+    return _apply(x, call, tensors, levels, [row.total for row in rows])
+
+
+def conv_sequences(
+    x: Tensor, levels: Sequence[Level], shifts: Sequence[Shift], backend: str = "eager", precision: str = "auto"
+) -> Tensor:
+    """`conv_stack` over sequences.
+
+    Args:
+        x: (B, T, C) sequences of one length; (N, C) those that the shifts' `cu_seqlens` mark.
+        levels, shifts: from the bottom up.
+        backend, precision: see `conv_stack`.
+
+    Returns:
+        (B, T, H_L) or (N, H_L).
+    """
+    traced = torch.compiler.is_compiling() or _only_autograd_can(x, levels)
+    if backend == "eager" and x.device.type == "cpu" and x.ndim == 3 and x.numel() and not traced:
+        _check(levels, shifts, x.shape[0] * x.shape[1], precision)
+        if not _keeps(x, levels):
+            return sequences.inference(x, levels, shifts)
+        tensors, options = _flatten(levels)
+        call = _Call(options, tuple(len(kind) for kind in tensors), precision, False, shifts)
+        return _apply(x, call, tensors, levels, [shift.total for shift in shifts])
+    if any(shift.padding == "zeros" for shift in shifts[1:]):  # rows read zeros at the bottom only
+        for level, shift in zip(levels, shifts, strict=True):
+            x = conv_sequences(x, [level], [shift], backend, precision)
+        return x
+    consumers = backend == "triton" and runs_kernels(x) and torch.is_grad_enabled()
+    rows = [shift.rows(x.shape[:-1], x.device, consumers) for shift in shifts]
+    h = conv_stack(x.reshape(-1, x.shape[-1]), levels, rows, backend, precision)
+    return h.view(*x.shape[:-1], h.shape[1])
+
+
+def _check(levels: Sequence[Level], rows: Sequence[Rows | Shift], number: int, precision: str) -> None:
+    """Raise ValueError where counts are known to be too few, or for an unknown precision."""
+    if precision not in PRECISIONS:
+        raise ValueError(f"precision: expected one of {', '.join(PRECISIONS)}, got {precision!r}")
+    for level, row in zip(levels, rows, strict=True):
+        if level.of_rows:
+            total = _known_total(row, number)
+            if total is not None:
+                check_total(total, level.unbiased)
+
+
+def _keeps(x: Tensor, levels: Sequence[Level]) -> bool:
+    """Whether anything is kept of a pass: for gradients, or for running statistics."""
+    variables = [x, *(t for level in levels for t in (level.weight, level.gamma, level.beta))]
+    differentiable = torch.is_grad_enabled() and any(t.requires_grad for t in variables)
+    return differentiable or any(level.of_rows for level in levels)
+
+
+def _apply(
+    x: Tensor, call: _Call, tensors: _Tensors, levels: Sequence[Level], totals: Sequence[float | None]
+) -> Tensor:
+    """Compute a stack by `_Stack`, and move running statistics."""
     h, *rest = _Stack.apply(x, call, *(t for kind in tensors for t in kind))
-    for level, row, found in zip(levels, rows, rest, strict=False):
+    for level, total, found in zip(levels, totals, rest, strict=False):
         if level.training:
             s = Stats(*found.detach())
-            track(level, s.mean, s.var, s.total if row.total is None else row.total)
+            track(level, s.mean, s.var, s.total if total is None else total)
     return h
 
 
-def _known_total(row: Rows) -> float | None:
-    """The sum of a level's counts, None where finding it would wait for a GPU or a trace."""
+def _known_total(row: Rows | Shift, number: int) -> float | None:
+    """The sum of a level's counts, None where finding it would wait for a GPU or a trace; `number` of rows."""
     if row.total is not None:
         return row.total
     if row.counts is None:
-        return float(row.taps.shape[1])
+        return float(row.taps.shape[1] if isinstance(row, Rows) else number)
     traced = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
     return None if row.counts.is_cuda or traced else float(row.counts.double().sum())
