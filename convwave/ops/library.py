@@ -18,6 +18,7 @@ import importlib.util
 import os
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -111,8 +112,7 @@ class _Tensors(NamedTuple):
     orders: list[Tensor]
 
 
-def _flatten(levels: Sequence[Level], rows: Sequence[Rows] = ()) -> tuple[_Tensors, _Options]:
-    """Rows of sequences are in `_Call.shifts`."""
+def _flatten(levels: Sequence[Level], rows: Sequence[Rows]) -> tuple[_Tensors, _Options]:
     consumers = [row.consumers for row in rows if row.consumers is not None]
     counts = [row.counts for row in rows if row.counts is not None]
     assert len(consumers) in (0, len(rows))
@@ -161,8 +161,6 @@ def _unflatten(t: _Tensors, o: _Options) -> tuple[list[Level], list[Rows]]:
                 activation=ACTIVATIONS[name],
             )
         )
-        if not t.taps:  # of sequences
-            continue
         consumers = Consumers(t.ranges[i], t.orders[i], o.most[i]) if t.ranges else None
         rows.append(Rows(t.taps[i], t.counts[i] if t.counts else None, o.totals[i] or None, consumers))
     return levels, rows
@@ -277,7 +275,6 @@ class _Call(NamedTuple):
     sizes: tuple[int, ...]  # tensors of each kind, in the order of `_Tensors`
     precision: str
     op: bool  # through the ops; else directly in plain PyTorch
-    shifts: Sequence[Shift] | None = None  # of x (B, T, C), sequences of one length; else rows are gathered
 
 
 def _grouped(call: _Call, tensors: Sequence[Tensor]) -> _Tensors:
@@ -297,9 +294,6 @@ class _Stack(torch.autograd.Function):
         if call.op:
             h, zs, stats = torch.ops.convwave.stack_forward(x, *t, *call.options, call.precision)
             return (h, *stats, *zs)
-        if call.shifts is not None:
-            shifted = sequences.forward(x, _unflatten(t, call.options)[0], call.shifts)
-            return (shifted.h, *shifted.stats, *shifted.deviation, *shifted.below)
         tape = twin.forward(x, *_unflatten(t, call.options))
         return (tape.h[-1], *tape.stats, *tape.deviation, *tape.h[:-1], *tape.read)
 
@@ -321,39 +315,69 @@ class _Stack(torch.autograd.Function):
             return nothing
         t, (h, *kept) = _grouped(call, saved[:n]), saved[n:]
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():  # a second derivative is to follow
-            return _differentiable_backward(ctx, dh, x, t, call)
-        stats, zs, rest = kept[:L], kept[L : 2 * L], kept[2 * L :]
+            levels, rows = _unflatten(t, call.options)
+            variables = [x, *t.weights, *t.gammas, *t.betas]
+            needed = [ctx.needs_input_grad[0], *ctx.needs_input_grad[2:]]
+            dx, *gradients = _differentiable_backward(dh, variables, needed, levels, rows)
+            return (dx, None, *gradients, *(None,) * (n - 3 * L))
+        stats, zs, hs, read = kept[:L], kept[L : 2 * L], kept[2 * L : 3 * L - 1], kept[3 * L - 1 :]
         needs_dx = ctx.needs_input_grad[0]
         dx: Tensor | None
         if call.op:
             dx, *lists = torch.ops.convwave.stack_backward(
                 dh, x, zs, stats, needs_dx, *t, *call.options, call.precision
             )
-        elif call.shifts is not None:
-            levels, _ = _unflatten(t, call.options)
-            shifted = sequences.Tape(rest, zs, stats, h)
-            dx, *lists = sequences.backward(dh, x.dtype, levels, shifted, call.shifts, needs_dx)
         else:
             levels, rows = _unflatten(t, call.options)
-            tape = twin.Tape([*rest[: L - 1], h], zs, stats, rest[L - 1 :], [])
+            tape = twin.Tape([*hs, h], zs, stats, read, [])
             dx, *lists = twin.backward(dh, x, levels, tape, rows, needs_dx)
         gradients = [d for tensors in lists for d in tensors]
         gradients = [d.to(p.dtype) for d, p in zip(gradients, (*t.weights, *t.gammas, *t.betas), strict=True)]
         return (dx if needs_dx else None, None, *gradients, *(None,) * (n - 3 * L))
 
 
-def _differentiable_backward(ctx: Any, dh: Tensor, x: Tensor, t: _Tensors, call: _Call) -> tuple[Tensor | None, ...]:
-    """The definition's gradients, which autograd can differentiate again."""
-    variables = [x, *t.weights, *t.gammas, *t.betas]
-    needed = [needs for i, needs in enumerate(ctx.needs_input_grad) if i != 1][: len(variables)]
-    levels, rows = _unflatten(t, call.options)
-    if call.shifts is not None:
-        rows = [shift.rows(x.shape[:-1], x.device) for shift in call.shifts]
+def _differentiable_backward(
+    dh: Tensor, variables: Sequence[Tensor], needed: Sequence[bool], levels: Sequence[Level], rows: Sequence[Rows]
+) -> list[Tensor | None]:
+    """The definition's gradients of x and the parameters where they are needed; autograd can differentiate them."""
+    needed = needed[: len(variables)]
+    x = variables[0]
     h, _ = naive.stack(x.reshape(-1, x.shape[-1]), levels, rows)
     wanted = [v for v, needs in zip(variables, needed, strict=True) if needs]
     found = iter(torch.autograd.grad(h, wanted, dh.reshape(h.shape), create_graph=True))
-    dx, *rest = [next(found) if needs else None for needs in needed]
-    return (dx, None, *rest, *(None,) * (sum(call.sizes) - len(rest)))
+    return [next(found) if needs else None for needs in needed]
+
+
+class _Sequences(torch.autograd.Function):
+    """A stack over sequences (B, T, C); its parameters are weight, gamma and beta of level after level."""
+
+    @staticmethod
+    def forward(  # type: ignore[override]
+        ctx: Any, x: Tensor, levels: Sequence[Level], shifts: Sequence[Shift], *parameters: Tensor
+    ) -> Tensor:
+        h, kept = sequences.forward(x, levels, shifts)
+        ctx.save_for_backward(x, h, *parameters, *(tensor for level in kept for tensor in level))
+        ctx.levels, ctx.shifts = levels, shifts
+        return h
+
+    @staticmethod
+    def backward(ctx: Any, dh: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        L = len(ctx.levels)
+        x, h, *saved = ctx.saved_tensors
+        levels = [
+            level._replace(weight=weight, gamma=gamma, beta=beta)
+            for level, weight, gamma, beta in zip(ctx.levels, saved[::3], saved[1::3], saved[2::3], strict=False)
+        ]
+        needed = [ctx.needs_input_grad[0], *ctx.needs_input_grad[3:]]
+        if torch.is_grad_enabled():  # a second derivative is to follow
+            rows = [shift.rows(x.shape[:-1], x.device) for shift in ctx.shifts]
+            dx, *gradients = _differentiable_backward(dh, [x, *saved[: 3 * L]], needed, levels, rows)
+            return (dx, None, None, *gradients)
+        kept = [sequences.Kept(*saved[i : i + 4]) for i in range(3 * L, 7 * L, 4)]
+        lowest = -1 if needed[0] else needed[1:].index(True) // 3
+        dx, gradients = sequences.backward(dh, h, levels, kept, ctx.shifts, lowest, needed[1::3])
+        gradients = [d if d is None else d.to(p.dtype) for d, p in zip(gradients, saved, strict=False)]
+        return (dx if needed[0] else None, None, None, *gradients)
 
 
 def _only_autograd_can(x: Tensor, levels: Sequence[Level]) -> bool:
@@ -386,7 +410,7 @@ def conv_stack(
         ValueError: too few rows for a variance (as far as totals are known without waiting for a GPU; NaN where not),
             or an unknown precision.
     """
-    _check(levels, rows, 0, precision)
+    _check(levels, rows, precision)
     op = backend == "triton" and runs_kernels(x)
     if _only_autograd_can(x, levels) or (not op and torch.compiler.is_compiling()):
         h, taken = naive.stack(x, levels, rows)
@@ -400,7 +424,12 @@ def conv_stack(
             return torch.ops.convwave.stack_inference(x, *tensors, *options, precision)
         return twin.inference(x, levels, rows)
     call = _Call(options, tuple(len(kind) for kind in tensors), precision, op)
-    return _apply(x, call, tensors, levels, [row.total for row in rows])
+    h, *rest = _Stack.apply(x, call, *(t for kind in tensors for t in kind))
+    for level, row, found in zip(levels, rows, rest, strict=False):
+        if level.training:
+            s = Stats(*found.detach())
+            track(level, s.mean, s.var, s.total if row.total is None else row.total)
+    return h
 
 
 def conv_sequences(
@@ -418,12 +447,11 @@ def conv_sequences(
     """
     traced = torch.compiler.is_compiling() or _only_autograd_can(x, levels)
     if backend == "eager" and x.device.type == "cpu" and x.ndim == 3 and x.numel() and not traced:
-        _check(levels, shifts, x.shape[0] * x.shape[1], precision)
+        shifts = [replace(shift, total=_total_of(shift, x.shape[0] * x.shape[1])) for shift in shifts]
+        _check(levels, shifts, precision)
         if not _keeps(x, levels):
             return sequences.inference(x, levels, shifts)
-        tensors, options = _flatten(levels)
-        call = _Call(options, tuple(len(kind) for kind in tensors), precision, False, shifts)
-        return _apply(x, call, tensors, levels, [shift.total for shift in shifts])
+        return _Sequences.apply(x, _frozen(levels), shifts, *(t for level in levels for t in level[:3]))
     if any(shift.padding == "zeros" for shift in shifts[1:]):  # rows read zeros at the bottom only
         for level, shift in zip(levels, shifts, strict=True):
             x = conv_sequences(x, [level], [shift], backend, precision)
@@ -434,13 +462,13 @@ def conv_sequences(
     return h.view(*x.shape[:-1], h.shape[1])
 
 
-def _check(levels: Sequence[Level], rows: Sequence[Rows | Shift], number: int, precision: str) -> None:
+def _check(levels: Sequence[Level], rows: Sequence[Rows] | Sequence[Shift], precision: str) -> None:
     """Raise ValueError where counts are known to be too few, or for an unknown precision."""
     if precision not in PRECISIONS:
         raise ValueError(f"precision: expected one of {', '.join(PRECISIONS)}, got {precision!r}")
     for level, row in zip(levels, rows, strict=True):
         if level.of_rows:
-            total = _known_total(row, number)
+            total = row.total if isinstance(row, Shift) else _known_total(row)
             if total is not None:
                 check_total(total, level.unbiased)
 
@@ -452,23 +480,26 @@ def _keeps(x: Tensor, levels: Sequence[Level]) -> bool:
     return differentiable or any(level.of_rows for level in levels)
 
 
-def _apply(
-    x: Tensor, call: _Call, tensors: _Tensors, levels: Sequence[Level], totals: Sequence[float | None]
-) -> Tensor:
-    """Compute a stack by `_Stack`, and move running statistics."""
-    h, *rest = _Stack.apply(x, call, *(t for kind in tensors for t in kind))
-    for level, total, found in zip(levels, totals, rest, strict=False):
-        if level.training:
-            s = Stats(*found.detach())
-            track(level, s.mean, s.var, s.total if total is None else total)
-    return h
+def _frozen(levels: Sequence[Level]) -> list[Level]:
+    """Levels with copies of the running statistics that they normalise with: training moves the originals in place."""
+    return [
+        level
+        if level.of_rows
+        else level._replace(running_mean=level.running_mean.clone(), running_var=level.running_var.clone())  # type: ignore[union-attr]
+        for level in levels
+    ]
 
 
-def _known_total(row: Rows | Shift, number: int) -> float | None:
-    """The sum of a level's counts, None where finding it would wait for a GPU or a trace; `number` of rows."""
+def _known_total(row: Rows) -> float | None:
+    """The sum of a level's counts, None where finding it would wait for a GPU or a trace."""
+    traced = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
+    if row.total is None and row.counts is not None and (row.counts.is_cuda or traced):
+        return None
+    return _total_of(row, row.taps.shape[1])
+
+
+def _total_of(row: Rows | Shift, number: int) -> float:
+    """The sum of the counts of a number of rows."""
     if row.total is not None:
         return row.total
-    if row.counts is None:
-        return float(row.taps.shape[1] if isinstance(row, Rows) else number)
-    traced = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
-    return None if row.counts.is_cuda or traced else float(row.counts.double().sum())
+    return float(number) if row.counts is None else float(row.counts.double().sum())

@@ -14,7 +14,7 @@ p = (k - 1) * dilation rows in front of a sequence.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import NamedTuple
@@ -25,12 +25,12 @@ from torch.nn import functional as F
 
 from convwave.data.graph import Padding, Rows, dilated_consumers, dilated_taps
 from convwave.ops.fold import fixed_stats, folded
-from convwave.ops.level import TANH, Level, Stats, wide
-from convwave.ops.stack import counted, normalised
+from convwave.ops.level import TANH, Level, track, wide
+from convwave.ops.stack import normalised
 
 _TILE = 1 << 18  # numbers of an elementwise step: 1 MB of float32, of the size of a second-level cache
 _CONVOLVED = 1 << 15  # above so many numbers of a matrix, oneDNN multiplies for its gradient faster than it convolves
-_NO_STRIDE = ([0, 0], [1, 1], [1, 1])  # padding, stride, dilation of a product
+_PLAIN = ([0, 0], [1, 1], [1, 1])  # padding, stride, dilation of a product
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class Shift:
         kernel_size, dilation: k taps, and the distance between them.
         padding: what precedes a sequence: its first row repeated, or zeros.
         counts: (N,) how often each row counts in the statistics; None means once.
-        total: their sum where it is known.
+        total: their sum where it is known; this module needs it.
         cu_seqlens: (B + 1,) where sequences of different lengths begin; None: all have the same.
     """
 
@@ -75,26 +75,25 @@ def _spans(shape: Sequence[int], cu_seqlens: Tensor | None, device: torch.device
     return first, first + T
 
 
-class Tape(NamedTuple):
-    """What `forward` leaves for `backward`.
+class Kept(NamedTuple):
+    """What a level's forward pass leaves for its backward pass.
 
     Attributes:
-        below: per level, (B, p + T, C) what it read: x, or the activations of the level below, behind their padding.
-        deviation: per level, (N, P * H) pre-activations less their mean.
-        stats: per level, (5, P * H), see `level.Stats`.
-        h: (B, T, H_L) activations of the top level.
+        below: (B, p + T, C) what it read: x, or the activations of the level below, behind what precedes them.
+        deviation: (B, T, P * H) pre-activations less their mean.
+        rstd, scale: (P * H,) one over the standard deviation, and that times gamma.
     """
 
-    below: list[Tensor]
-    deviation: list[Tensor]
-    stats: list[Tensor]
-    h: Tensor
+    below: Tensor
+    deviation: Tensor
+    rstd: Tensor
+    scale: Tensor
 
 
 def _onednn(x: Tensor) -> bool:
     """Whether torch has oneDNN's operators for tensors like this one."""
     narrow = x.dtype in (torch.float32, torch.bfloat16)
-    return narrow and torch.backends.mkldnn.is_available() and bool(torch.backends.mkldnn.enabled)
+    return narrow and torch.backends.mkldnn.is_available() and torch._C._get_mkldnn_enabled()
 
 
 def _image(rows: Tensor) -> Tensor:
@@ -103,8 +102,30 @@ def _image(rows: Tensor) -> Tensor:
 
 
 def _from_image(image: Tensor) -> Tensor:
-    """(B, C, 1, T) -> (B * T, C)."""
-    return image.permute(0, 2, 3, 1).reshape(-1, image.shape[1])
+    """(B, C, 1, T) -> (B, T, C)."""
+    return image.squeeze(2).transpose(1, 2)
+
+
+def _apart(kernel_size: int, dilation: int) -> int:
+    """The dilation that a product is called with: one tap without any would be multiplied by MKL."""
+    return dilation if kernel_size > 1 else 2
+
+
+def _room(like: Tensor, width: int, shift: Shift) -> tuple[Tensor, Tensor]:
+    """(B, p + T, width) memory for sequences with room in front, and its last T positions; `like` is (B, T, C)."""
+    B, T, _ = like.shape
+    p = (shift.kernel_size - 1) * shift.within(T)
+    padded = like.new_empty(B, p + T, width)
+    return padded, padded[:, p:]
+
+
+def _precede(padded: Tensor, inside: Tensor, shift: Shift) -> None:
+    """Write what precedes sequences that are inside."""
+    p = padded.shape[1] - inside.shape[1]
+    if p and shift.padding == "zeros":
+        padded[:, :p].zero_()
+    elif p:
+        padded[:, :p].copy_(inside[:, :1])
 
 
 def _tap(below: Tensor, j: int, dilation: int, length: int) -> Tensor:
@@ -112,223 +133,206 @@ def _tap(below: Tensor, j: int, dilation: int, length: int) -> Tensor:
     return below[:, j * dilation : j * dilation + length]
 
 
-def _memory(like: Tensor, width: int, shift: Shift) -> tuple[Tensor, Tensor]:
-    """(B, p + T, width) for sequences with room in front, and its last T positions; `like` is (B, T, C)."""
-    B, T, _ = like.shape
-    p = (shift.kernel_size - 1) * shift.within(T)
-    padded = like.new_empty(B, p + T, width)
-    return padded, padded[:, p:]
-
-
-def _pad(padded: Tensor, length: int, shift: Shift) -> None:
-    """Write the rows in front of sequences that are there."""
-    p = padded.shape[1] - length
-    padded[:, :p] = padded[:, p : p + 1] if shift.padding == "replicate" else 0
+def _parts(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """Corresponding parts of (B, T, ..) tensors, of at most `_TILE` numbers each; the first is the widest."""
+    B, T, width = tensors[0].shape
+    if B * T * width <= _TILE:
+        yield tensors
+        return
+    rows = max(1, _TILE // width)
+    sequences, positions = max(1, rows // T), min(rows, T)
+    for b in range(0, B, sequences):
+        for t in range(0, T, positions):
+            yield tuple(tensor[b : b + sequences, t : t + positions] for tensor in tensors)
 
 
 def conv(below: Tensor, weight: Tensor, dilation: int, shift: Tensor | None = None) -> Tensor:
-    """(N, H) convolution of (B, p + T, C) rows with a matrix (H, C, k), and a shift (H,) where given."""
+    """(B, T, H) convolution of (B, p + T, C) rows with a matrix (H, C, k), and a shift (H,) where given."""
     H, _, k = weight.shape
-    if _onednn(below):  # a dilation keeps torch from multiplying one tap with MKL
-        apart = dilation if k > 1 else 2
-        return _from_image(F.conv2d(_image(below), weight.unsqueeze(2), shift, dilation=(1, apart)))
+    if _onednn(below):
+        return _from_image(F.conv2d(_image(below), weight.unsqueeze(2), shift, dilation=(1, _apart(k, dilation))))
     B, length = below.shape[0], below.shape[1] - (k - 1) * dilation
     z = below.new_zeros(B, length, H) if shift is None else shift.expand(B, length, H).contiguous()
     for j in range(k):
         z.baddbmm_(_tap(below, j, dilation, length), weight[:, :, j].T.expand(B, -1, -1))
-    return z.view(-1, H)
+    return z
 
 
 def _conv_backward(
-    dz: Tensor, below: Tensor, weight: Tensor, dilation: int, needs_dx: bool
-) -> tuple[Tensor | None, Tensor]:
-    """Gradients of `conv` for dz (N, H): (B, p + T, C) where asked for, and (H, C, k)."""
+    dz: Tensor, below: Tensor, weight: Tensor, dilation: int, needs_dx: bool, needs_dw: bool
+) -> tuple[Tensor | None, Tensor | None]:
+    """Gradients of `conv` for dz (B, T, H), where asked for: (B, p + T, C), (H, C, k)."""
     H, C, k = weight.shape
-    B, length = below.shape[0], below.shape[1] - (k - 1) * dilation
-    fast = _onednn(below)
-    convolved = fast and weight.numel() <= _CONVOLVED
+    B, length, _ = dz.shape
+    if not _onednn(below):
+        dbelow = torch.zeros_like(below) if needs_dx else None
+        for j in range(k) if dbelow is not None else ():
+            _tap(dbelow, j, dilation, length).baddbmm_(dz, weight[:, :, j].expand(B, -1, -1))
+        dws = [dz.reshape(-1, H).T @ _tap(below, j, dilation, length).reshape(-1, C) for j in range(k * needs_dw)]
+        return dbelow, torch.stack(dws, 2) if needs_dw else None
+    convolved = needs_dw and weight.numel() <= _CONVOLVED
     dbelow, dweight = None, None
-    if fast and (needs_dx or convolved):
-        found = torch.ops.aten.convolution_backward(
-            _image(dz.view(B, length, H)), _image(below), weight.unsqueeze(2), None,
-            [1, 1], [0, 0], [1, dilation if k > 1 else 2], False, [0, 0], 1, [needs_dx, convolved, False],
+    if needs_dx or convolved:
+        apart = [1, _apart(k, dilation)]
+        dbelow, dweight, _ = torch.ops.aten.convolution_backward(
+            _image(dz), _image(below), weight.unsqueeze(2), None, [1, 1], [0, 0], apart, False, [0, 0], 1,
+            [needs_dx, convolved, False],
         )  # fmt: skip
-        dbelow = _from_image(found[0]).view(below.shape) if needs_dx else None
-        dweight = found[1].squeeze(2) if convolved else None
-    if dweight is None:
-        dweights = []
+    if needs_dw and not convolved:
+        dweight = weight.new_empty(weight.shape)
+        columns = dz.reshape(-1, H).T
         for j in range(k):
             read = _tap(below, j, dilation, length).reshape(-1, C)
-            dweights.append(product(dz.T, read))
-        dweight = torch.stack(dweights, 2)
-    if needs_dx and dbelow is None:
-        dbelow = torch.zeros_like(below)
-        for j in range(k):
-            _tap(dbelow, j, dilation, length).baddbmm_(dz.view(B, length, H), weight[:, :, j].expand(B, -1, -1))
-    return dbelow, dweight
+            dweight[:, :, j] = torch.ops.mkldnn._linear_pointwise(columns, read.T, None, "none", [], "")
+    elif dweight is not None:
+        dweight = dweight.squeeze(2)
+    return None if dbelow is None else _from_image(dbelow), dweight
 
 
-def product(a: Tensor, b: Tensor) -> Tensor:
-    """(M, K) @ (K, N), by oneDNN where torch has it."""
-    return torch.ops.mkldnn._linear_pointwise(a, b.T, None, "none", [], "") if _onednn(a) else a @ b
-
-
-def _tiles(B: int, T: int, width: int) -> Iterator[tuple[slice, slice, slice]]:
-    """Parts of (B, T, width) numbers of at most `_TILE`: sequences, positions, and the rows of (B * T, width)."""
-    rows = max(1, _TILE // max(width, 1))
-    if rows >= T:
-        for b in range(0, B, rows // T):
-            stop = min(B, b + rows // T)
-            yield slice(b, stop), slice(0, T), slice(b * T, stop * T)
-        return
-    for b in range(B):
-        for t in range(0, T, rows):
-            stop = min(T, t + rows)
-            yield slice(b, b + 1), slice(t, stop), slice(b * T + t, b * T + stop)
-
-
-def _activate(deviation: Tensor, scale: Tensor, level: Level, shift: Tensor, out: Tensor) -> None:
-    """Scale, shift and activate (N, P * H) rows into (B, T, H)."""
-    B, T, H = out.shape
+def _activate(deviation: Tensor, scale: Tensor, level: Level, out: Tensor) -> None:
+    """Scale, shift and activate (B, T, P * H) deviations into (B, T, H)."""
+    beta = wide(level.beta)
     fused = level.activation is TANH and deviation.dtype == torch.float32 and _onednn(deviation)
-    for b, t, rows in _tiles(B, T, deviation.shape[1]):
+    for y, h in _parts(deviation, out):
         if fused:  # every channel is convolved with one number
-            image, kernel = _image(deviation[rows].unsqueeze(0)), scale.view(-1, 1, 1, 1)
-            y = torch.ops.mkldnn._convolution_pointwise(image, kernel, shift, *_NO_STRIDE, H, "tanh", [], "")
-            out[b, t] = _from_image(y).view(out[b, t].shape)
+            kernel, H = scale.view(-1, 1, 1, 1), len(scale)
+            y = _from_image(
+                torch.ops.mkldnn._convolution_pointwise(_image(y), kernel, beta, *_PLAIN, H, "tanh", [], "")
+            )
         else:
-            y = normalised(deviation[rows], scale, shift)
-            out[b, t] = level.activation.value(y).view(out[b, t].shape)
+            y = level.activation.value(normalised(y, scale, beta))
+        h.copy_(y)
 
 
-def _row_stats(z: Tensor, level: Level, shift: Shift) -> Tensor:
-    """Statistics (5, P * H) of rows (N, P * H); z becomes its own deviation from the mean."""
-    w = counted(shift.counts, z)
-    total: Tensor | float = float(z.shape[0]) if shift.total is None else shift.total
-    if w is not None and shift.total is None:
-        total = w.sum()
-    mean = z.mean(0) if w is None else (w * z).sum(0) / total
-    squares = torch.zeros_like(mean)
-    for _, _, rows in _tiles(1, *z.shape):
-        deviation = z[rows].sub_(mean)
-        square = deviation.square()
-        squares += (square if w is None else square.mul_(w[rows])).sum(0)
-    var = squares / (total - 1 if level.unbiased else total)
+def _normalise(z: Tensor, level: Level, shift: Shift) -> tuple[Tensor, Tensor]:
+    """rstd and scale (P * H,) of pre-activations (B, T, P * H).
+
+    z becomes its deviation from the mean; running statistics move.
+    """
+    if not level.of_rows:
+        mean, rstd, scale, _, _ = fixed_stats(level)
+        z.sub_(mean)
+        return rstd, scale
+    assert shift.total is not None
+    counts = _counts(shift, z)
+    mean = z.sum((0, 1)) if not counts else _sum(part * w for part, w in _parts(z, *counts))
+    mean /= shift.total
+    squares = _sum(
+        part.sub_(mean).square() if not w else part.sub_(mean).square().mul_(w[0]) for part, *w in _parts(z, *counts)
+    )
+    var = squares / (shift.total - 1 if level.unbiased else shift.total)
     rstd = torch.rsqrt(var + level.eps)
-    sums = total.expand_as(var) if isinstance(total, Tensor) else torch.full_like(var, total)
-    return torch.stack([mean, rstd, level.gamma * rstd, var, sums])
+    if level.training:
+        track(level, mean, var, shift.total)
+    return rstd, level.gamma * rstd
 
 
-def forward(x: Tensor, levels: Sequence[Level], shifts: Sequence[Shift]) -> Tape:
-    """`naive.stack` over sequences x (B, T, C), with what its backward pass needs."""
-    B, T, _ = x.shape
-    tape = Tape([], [], [], x)
-    below, h = _memory(x, x.shape[2], shifts[0])
+def _counts(shift: Shift, like: Tensor) -> list[Tensor]:
+    """(B, T, 1) counts, as a list of one or none."""
+    return [] if shift.counts is None else [shift.counts.to(like.dtype).view(*like.shape[:2], 1)]
+
+
+def _sum(parts: Iterable[Tensor]) -> Tensor:
+    """(H,) sum over sequences and positions, of which torch adds up those of a part pairwise."""
+    sums = [part.sum((0, 1)) for part in parts]
+    return sums[0] if len(sums) == 1 else torch.stack(sums).sum(0)
+
+
+def forward(x: Tensor, levels: Sequence[Level], shifts: Sequence[Shift]) -> tuple[Tensor, list[Kept]]:
+    """`naive.stack` over sequences x (B, T, C); running statistics move.
+
+    Returns:
+        (B, T, H_L); what each level leaves for `backward`.
+    """
+    kept = []
+    below, h = _room(x, x.shape[2], shifts[0])
     h.copy_(x)
     for i, (level, shift) in enumerate(zip(levels, shifts, strict=True)):
-        _pad(below, T, shift)
-        z = conv(below, level.weight.to(x.dtype), shift.within(T))
-        deviation = wide(z)
-        if level.of_rows:
-            stats = _row_stats(deviation, level, shift)
+        _precede(below, h, shift)
+        deviation = wide(conv(below, level.weight.to(x.dtype), shift.within(x.shape[1])))
+        kept.append(Kept(below, deviation, *_normalise(deviation, level, shift)))
+        width = deviation.shape[2] // level.activation.parts
+        if i + 1 < len(levels):
+            below, h = _room(x, width, shifts[i + 1])
         else:
-            stats = fixed_stats(level)
-            deviation.sub_(stats[0])
-        tape.below.append(below)
-        width = z.shape[1] // level.activation.parts
-        below, h = _memory(x, width, shifts[i + 1]) if i + 1 < len(levels) else (x, x.new_empty(B, T, width))
-        _activate(deviation, stats[2], level, wide(level.beta), h)
-        tape.deviation.append(deviation)
-        tape.stats.append(stats)
-    return tape._replace(h=h)
+            h = x.new_empty(*x.shape[:2], width)
+        _activate(deviation, kept[i].scale, level, h)
+    return h, kept
 
 
 def inference(x: Tensor, levels: Sequence[Level], shifts: Sequence[Shift]) -> Tensor:
     """`naive.stack` over sequences x (B, T, C) in evaluation mode without gradients."""
-    B, T, _ = x.shape
     h = x
     for level, shift in zip(levels, shifts, strict=True):
-        below, inside = _memory(h, h.shape[2], shift)
+        below, inside = _room(h, h.shape[2], shift)
         inside.copy_(h)
-        _pad(below, T, shift)
+        _precede(below, inside, shift)
         weight, beta = folded(level)
-        h = x.new_empty(B, T, weight.shape[0] // level.activation.parts)
+        weight, beta, dilation = weight.to(x.dtype), beta.to(x.dtype), shift.within(x.shape[1])
         if level.activation is TANH and _onednn(x):
-            apart = shift.within(T) if shift.kernel_size > 1 else 2
-            y = torch.ops.mkldnn._convolution_pointwise(
-                _image(below),
-                weight.to(x.dtype).unsqueeze(2),
-                beta.to(x.dtype),
-                [0, 0],
-                [1, 1],
-                [1, apart],
-                1,
-                "tanh",
-                [],
-                "",
+            apart = [1, _apart(shift.kernel_size, dilation)]
+            h = _from_image(
+                torch.ops.mkldnn._convolution_pointwise(
+                    _image(below), weight.unsqueeze(2), beta, [0, 0], [1, 1], apart, 1, "tanh", [], ""
+                )
             )
-            h = _from_image(y).view(B, T, -1)
         else:
-            z = conv(below, weight.to(x.dtype), shift.within(T), beta.to(x.dtype))
-            h = level.activation.value(wide(z)).to(x.dtype).view(B, T, -1)
+            h = level.activation.value(wide(conv(below, weight, dilation, beta))).to(x.dtype)
     return h
 
 
 def backward(
     dh: Tensor,
-    x_dtype: torch.dtype,
+    h: Tensor,
     levels: Sequence[Level],
-    tape: Tape,
+    kept: Sequence[Kept],
     shifts: Sequence[Shift],
-    needs_dx: bool = True,
-) -> tuple[Tensor | None, list[Tensor], list[Tensor], list[Tensor]]:
+    lowest: int,
+    wanted: Sequence[bool],
+) -> tuple[Tensor | None, list[Tensor | None]]:
     """Gradients of `forward` in closed form; the formulas are those of `stack`.
 
     Args:
-        dh: (B, T, H_L).
-        tape: what `forward` returned.
-        needs_dx: whether the gradient of x is wanted.
+        dh, h: (B, T, H_L) gradient and activations of the top level.
+        kept: what `forward` returned.
+        lowest: the lowest level of which a gradient is wanted; -1 for x.
+        wanted: of which weights a gradient is wanted.
 
     Returns:
-        dx (B, T, C) or None; per level dweight (P * H, C, k), dgamma (P * H,), dbeta (P * H,).
+        dx (B, T, C) or None; dweight (P * H, C, k) or None, dgamma (P * H,) and dbeta (P * H,) of level after level.
     """
-    dweights: list[Tensor] = []
-    dgammas: list[Tensor] = []
-    dbetas: list[Tensor] = []
+    gradients: list[Tensor | None] = []
     B, T, _ = dh.shape
     for i in reversed(range(len(levels))):
-        level, shift, deviation, s = levels[i], shifts[i], tape.deviation[i], Stats(*tape.stats[i])
-        h = tape.h if i + 1 == len(levels) else tape.below[i + 1][:, -T:]
+        level, shift, (below, deviation, rstd, scale) = levels[i], shifts[i], kept[i]
         g = torch.empty_like(deviation)
-        dbeta, dgamma = torch.zeros_like(s.mean), torch.zeros_like(s.mean)
-        tiles = list(_tiles(B, T, g.shape[1]))
-        for b, t, rows in tiles:
-            y = partial(normalised, deviation[rows], s.scale, level.beta)
-            da, a = (wide(part[b, t]).reshape(-1, h.shape[2]) for part in (dh, h))
-            g[rows] = level.activation.gradient(da, y, a)
-            dbeta += g[rows].sum(0)
-            dgamma += (g[rows] * deviation[rows]).sum(0)
-        dgamma *= s.rstd
-        w = counted(shift.counts, g)
-        total = s.total if shift.total is None else shift.total
-        divisor = total - 1 if level.unbiased else total
-        offset, slope = s.scale * dbeta / -total, s.scale * s.rstd * dgamma / -divisor
-        for _, _, rows in tiles:
-            if not level.of_rows:
-                g[rows].mul_(s.scale)
-                continue
-            correction = torch.addcmul(offset, deviation[rows], slope)
-            torch.addcmul(correction if w is None else correction.mul_(w[rows]), g[rows], s.scale, out=g[rows])
-        below = tape.below[i]
+        sums = []
+        for dy, y, da, a in _parts(g, deviation, dh, h):
+            if level.activation is TANH and dh.dtype == g.dtype:
+                torch.ops.aten.tanh_backward.grad_input(da, a, grad_input=dy)
+            else:
+                dy.copy_(level.activation.gradient(wide(da), partial(normalised, y, scale, level.beta), wide(a)))
+            sums.append((dy.sum((0, 1)), (dy * y).sum((0, 1))))
+        dbeta, dgamma = sums[0] if len(sums) == 1 else (torch.stack(part).sum(0) for part in zip(*sums, strict=True))
+        dgamma *= rstd
+        if level.of_rows:
+            assert shift.total is not None
+            offset = dbeta * scale / -shift.total
+            slope = dgamma * scale * rstd / ((1 if level.unbiased else 0) - shift.total)
+            for dy, y, *w in _parts(g, deviation, *_counts(shift, g)):
+                correction = torch.addcmul(offset, y, slope)
+                torch.addcmul(correction.mul_(w[0]) if w else correction, dy, scale, out=dy)
+        else:
+            g.mul_(scale)
+        dilation = shift.within(T)
         down, dweight = _conv_backward(
-            g.to(x_dtype), below, level.weight.to(x_dtype), shift.within(T), i > 0 or needs_dx
+            g.to(dh.dtype), below, level.weight.to(dh.dtype), dilation, i > lowest, wanted[i]
         )
-        if down is not None:
-            p = below.shape[1] - T
-            dh = down[:, p:]
-            if shift.padding == "replicate" and p:
-                dh[:, 0] += down[:, :p].sum(1)
-        dweights.insert(0, dweight)
-        dgammas.insert(0, dgamma)
-        dbetas.insert(0, dbeta)
-    return (dh if needs_dx else None), dweights, dgammas, dbetas
+        gradients = [dweight, dgamma, dbeta, *gradients]
+        if down is None:
+            return None, [None] * (3 * i) + gradients
+        dh, p = down[:, down.shape[1] - T :], down.shape[1] - T
+        if p and shift.padding == "replicate":
+            dh[:, 0] += down[:, :p].sum(1)
+        h = below[:, below.shape[1] - T :]
+    return dh, gradients
