@@ -29,8 +29,6 @@ from convwave.ops.level import TANH, Level, track, wide
 from convwave.ops.stack import normalised
 
 _TILE = 1 << 18  # numbers of an elementwise step: 1 MB of float32, of the size of a second-level cache
-_CONVOLVED = 1 << 15  # above so many numbers of a matrix, oneDNN multiplies for its gradient faster than it convolves
-_PLAIN = ([0, 0], [1, 1], [1, 1])  # padding, stride, dilation of a product
 
 
 @dataclass(frozen=True)
@@ -51,10 +49,6 @@ class Shift:
     counts: Tensor | None = None
     total: float | None = None
     cu_seqlens: Tensor | None = None
-
-    def within(self, length: int) -> int:
-        """The dilation; no longer than the sequences, beyond which all that a tap reads is padding."""
-        return min(self.dilation, length)
 
     def rows(self, shape: Sequence[int], device: torch.device, consumers: bool = False) -> Rows:
         """The same as rows to be gathered, of sequences (B, T), or (N,) for one or those that `cu_seqlens` marks."""
@@ -79,7 +73,7 @@ class Kept(NamedTuple):
     """What a level's forward pass leaves for its backward pass.
 
     Attributes:
-        below: (B, p + T, C) what it read: x, or the activations of the level below, behind what precedes them.
+        below: (B, T, C) what it read.
         deviation: (B, T, P * H) pre-activations less their mean.
         rstd, scale: (P * H,) one over the standard deviation, and that times gamma.
     """
@@ -96,41 +90,50 @@ def _onednn(x: Tensor) -> bool:
     return narrow and torch.backends.mkldnn.is_available() and torch._C._get_mkldnn_enabled()
 
 
-def _image(rows: Tensor) -> Tensor:
-    """(B, T, C) as (B, C, 1, T), an image of one line with its channels last: what oneDNN convolves without a copy."""
-    return rows.unsqueeze(1).permute(0, 3, 1, 2)
+def _linear(x: Tensor, matrix: Tensor, shift: Tensor | None = None, activation: str = "none") -> Tensor:
+    """``activation(x @ matrix.T + shift)``; rows or columns of x (M, K) and matrix (N, K) are without gaps.
+
+    oneDNN computes matrices with gaps in both too, a hundred times slower.
+    """
+    if _onednn(x):
+        return torch.ops.mkldnn._linear_pointwise(x, matrix, shift, activation, [], "")
+    y = F.linear(x, matrix, shift)
+    return y.tanh_() if activation == "tanh" else y
 
 
-def _from_image(image: Tensor) -> Tensor:
-    """(B, C, 1, T) -> (B, T, C)."""
-    return image.squeeze(2).transpose(1, 2)
+def _joined(x: Tensor, shift: Shift) -> Tensor:
+    """(B * T, kC) what the taps read of x (B, T, C), oldest first, side by side."""
+    (B, T, C), k = x.shape, shift.kernel_size
+    joined = x.new_empty(B, T, k, C)
+    for j in range(k):
+        back = min((k - 1 - j) * shift.dilation, T)
+        joined[:, back:, j] = x[:, : T - back]
+        if back:
+            joined[:, :back, j] = x[:, :1] if shift.padding == "replicate" else 0
+    return joined.view(B * T, k * C)
 
 
-def _apart(kernel_size: int, dilation: int) -> int:
-    """The dilation that a product is called with: one tap without any would be multiplied by MKL."""
-    return dilation if kernel_size > 1 else 2
+def _unjoined(joined: Tensor, shift: Shift, shape: Sequence[int]) -> Tensor:
+    """(B, T, C) the gradient of x, of that of `_joined` (B * T, kC); a part of that memory."""
+    (_, T, _), k = shape, shift.kernel_size
+    joined = joined.view(*shape[:2], k, shape[2])
+    dx = joined[:, :, k - 1]
+    for j in range(k - 1):
+        back = min((k - 1 - j) * shift.dilation, T)
+        dx[:, : T - back] += joined[:, back:, j]
+        if shift.padding == "replicate":
+            dx[:, 0] += joined[:, :back, j].sum(1)
+    return dx
 
 
-def _room(like: Tensor, width: int, shift: Shift) -> tuple[Tensor, Tensor]:
-    """(B, p + T, width) memory for sequences with room in front, and its last T positions; `like` is (B, T, C)."""
-    B, T, _ = like.shape
-    p = (shift.kernel_size - 1) * shift.within(T)
-    padded = like.new_empty(B, p + T, width)
-    return padded, padded[:, p:]
+def _matrix(weight: Tensor) -> Tensor:
+    """(H, C, k) -> (H, kC)."""
+    return weight.transpose(1, 2).flatten(1)
 
 
-def _precede(padded: Tensor, inside: Tensor, shift: Shift) -> None:
-    """Write what precedes sequences that are inside."""
-    p = padded.shape[1] - inside.shape[1]
-    if p and shift.padding == "zeros":
-        padded[:, :p].zero_()
-    elif p:
-        padded[:, :p].copy_(inside[:, :1])
-
-
-def _tap(below: Tensor, j: int, dilation: int, length: int) -> Tensor:
-    """(B, T, C) what tap j reads of (B, p + T, C)."""
-    return below[:, j * dilation : j * dilation + length]
+def _conv(x: Tensor, matrix: Tensor, shift: Shift, bias: Tensor | None = None, activation: str = "none") -> Tensor:
+    """(B, T, H) convolution of x (B, T, C) with a matrix (H, kC) and what `_linear` does besides."""
+    return _linear(_joined(x, shift), matrix, bias, activation).view(*x.shape[:2], -1)
 
 
 def _parts(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
@@ -146,62 +149,25 @@ def _parts(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
             yield tuple(tensor[b : b + sequences, t : t + positions] for tensor in tensors)
 
 
-def conv(below: Tensor, weight: Tensor, dilation: int, shift: Tensor | None = None) -> Tensor:
-    """(B, T, H) convolution of (B, p + T, C) rows with a matrix (H, C, k), and a shift (H,) where given."""
-    H, _, k = weight.shape
-    if _onednn(below):
-        return _from_image(F.conv2d(_image(below), weight.unsqueeze(2), shift, dilation=(1, _apart(k, dilation))))
-    B, length = below.shape[0], below.shape[1] - (k - 1) * dilation
-    z = below.new_zeros(B, length, H) if shift is None else shift.expand(B, length, H).contiguous()
-    for j in range(k):
-        z.baddbmm_(_tap(below, j, dilation, length), weight[:, :, j].T.expand(B, -1, -1))
-    return z
-
-
-def _conv_backward(
-    dz: Tensor, below: Tensor, weight: Tensor, dilation: int, needs_dx: bool, needs_dw: bool
-) -> tuple[Tensor | None, Tensor | None]:
-    """Gradients of `conv` for dz (B, T, H), where asked for: (B, p + T, C), (H, C, k)."""
-    H, C, k = weight.shape
-    B, length, _ = dz.shape
-    if not _onednn(below):
-        dbelow = torch.zeros_like(below) if needs_dx else None
-        for j in range(k) if dbelow is not None else ():
-            _tap(dbelow, j, dilation, length).baddbmm_(dz, weight[:, :, j].expand(B, -1, -1))
-        dws = [dz.reshape(-1, H).T @ _tap(below, j, dilation, length).reshape(-1, C) for j in range(k * needs_dw)]
-        return dbelow, torch.stack(dws, 2) if needs_dw else None
-    convolved = needs_dw and weight.numel() <= _CONVOLVED
-    dbelow, dweight = None, None
-    if needs_dx or convolved:
-        apart = [1, _apart(k, dilation)]
-        dbelow, dweight, _ = torch.ops.aten.convolution_backward(
-            _image(dz), _image(below), weight.unsqueeze(2), None, [1, 1], [0, 0], apart, False, [0, 0], 1,
-            [needs_dx, convolved, False],
-        )  # fmt: skip
-    if needs_dw and not convolved:
-        dweight = weight.new_empty(weight.shape)
-        columns = dz.reshape(-1, H).T
-        for j in range(k):
-            read = _tap(below, j, dilation, length).reshape(-1, C)
-            dweight[:, :, j] = torch.ops.mkldnn._linear_pointwise(columns, read.T, None, "none", [], "")
-    elif dweight is not None:
-        dweight = dweight.squeeze(2)
-    return None if dbelow is None else _from_image(dbelow), dweight
-
-
-def _activate(deviation: Tensor, scale: Tensor, level: Level, out: Tensor) -> None:
-    """Scale, shift and activate (B, T, P * H) deviations into (B, T, H)."""
+def _activated(deviation: Tensor, scale: Tensor, level: Level, dtype: torch.dtype) -> Tensor:
+    """(B, T, H) of deviations (B, T, P * H): scaled, shifted and activated."""
+    B, T, width = deviation.shape
+    h = torch.empty(B, T, width // level.activation.parts, dtype=dtype)
     beta = wide(level.beta)
     fused = level.activation is TANH and deviation.dtype == torch.float32 and _onednn(deviation)
-    for y, h in _parts(deviation, out):
-        if fused:  # every channel is convolved with one number
-            kernel, H = scale.view(-1, 1, 1, 1), len(scale)
-            y = _from_image(
-                torch.ops.mkldnn._convolution_pointwise(_image(y), kernel, beta, *_PLAIN, H, "tanh", [], "")
+    for part, out in _parts(deviation, h):
+        if fused:  # every channel is convolved with one number, in an image of one line
+            image, kernel = part.unsqueeze(1).permute(0, 3, 1, 2), scale.view(-1, 1, 1, 1)
+            y = torch.ops.mkldnn._convolution_pointwise(
+                image, kernel, beta, [0, 0], [1, 1], [1, 1], width, "tanh", [], ""
             )
+            y = y.squeeze(2).transpose(1, 2)
+            if out is h and dtype == y.dtype and y.is_contiguous():
+                return y
         else:
-            y = level.activation.value(normalised(y, scale, beta))
-        h.copy_(y)
+            y = level.activation.value(normalised(part, scale, beta))
+        out.copy_(y)
+    return h
 
 
 def _normalise(z: Tensor, level: Level, shift: Shift) -> tuple[Tensor, Tensor]:
@@ -244,19 +210,11 @@ def forward(x: Tensor, levels: Sequence[Level], shifts: Sequence[Shift]) -> tupl
     Returns:
         (B, T, H_L); what each level leaves for `backward`.
     """
-    kept = []
-    below, h = _room(x, x.shape[2], shifts[0])
-    h.copy_(x)
-    for i, (level, shift) in enumerate(zip(levels, shifts, strict=True)):
-        _precede(below, h, shift)
-        deviation = wide(conv(below, level.weight.to(x.dtype), shift.within(x.shape[1])))
-        kept.append(Kept(below, deviation, *_normalise(deviation, level, shift)))
-        width = deviation.shape[2] // level.activation.parts
-        if i + 1 < len(levels):
-            below, h = _room(x, width, shifts[i + 1])
-        else:
-            h = x.new_empty(*x.shape[:2], width)
-        _activate(deviation, kept[i].scale, level, h)
+    kept, h = [], x
+    for level, shift in zip(levels, shifts, strict=True):
+        deviation = wide(_conv(h, _matrix(level.weight.to(x.dtype)), shift))
+        kept.append(Kept(h, deviation, *_normalise(deviation, level, shift)))
+        h = _activated(deviation, kept[-1].scale, level, x.dtype)
     return h, kept
 
 
@@ -264,20 +222,12 @@ def inference(x: Tensor, levels: Sequence[Level], shifts: Sequence[Shift]) -> Te
     """`naive.stack` over sequences x (B, T, C) in evaluation mode without gradients."""
     h = x
     for level, shift in zip(levels, shifts, strict=True):
-        below, inside = _room(h, h.shape[2], shift)
-        inside.copy_(h)
-        _precede(below, inside, shift)
         weight, beta = folded(level)
-        weight, beta, dilation = weight.to(x.dtype), beta.to(x.dtype), shift.within(x.shape[1])
-        if level.activation is TANH and _onednn(x):
-            apart = [1, _apart(shift.kernel_size, dilation)]
-            h = _from_image(
-                torch.ops.mkldnn._convolution_pointwise(
-                    _image(below), weight.unsqueeze(2), beta, [0, 0], [1, 1], apart, 1, "tanh", [], ""
-                )
-            )
+        matrix, beta = _matrix(weight.to(x.dtype)), beta.to(x.dtype)
+        if level.activation is TANH:
+            h = _conv(h, matrix, shift, beta, "tanh")
         else:
-            h = level.activation.value(wide(conv(below, weight, dilation, beta))).to(x.dtype)
+            h = level.activation.value(wide(_conv(h, matrix, shift, beta))).to(x.dtype)
     return h
 
 
@@ -302,7 +252,6 @@ def backward(
         dx (B, T, C) or None; dweight (P * H, C, k) or None, dgamma (P * H,) and dbeta (P * H,) of level after level.
     """
     gradients: list[Tensor | None] = []
-    B, T, _ = dh.shape
     for i in reversed(range(len(levels))):
         level, shift, (below, deviation, rstd, scale) = levels[i], shifts[i], kept[i]
         g = torch.empty_like(deviation)
@@ -324,15 +273,13 @@ def backward(
                 torch.addcmul(correction.mul_(w[0]) if w else correction, dy, scale, out=dy)
         else:
             g.mul_(scale)
-        dilation = shift.within(T)
-        down, dweight = _conv_backward(
-            g.to(dh.dtype), below, level.weight.to(dh.dtype), dilation, i > lowest, wanted[i]
-        )
+        rows, dweight = g.to(dh.dtype).view(-1, g.shape[2]), None
+        if wanted[i]:
+            dweight = _linear(rows.T, _joined(below, shift).T)
+            dweight = dweight.view(-1, shift.kernel_size, below.shape[2]).transpose(1, 2)
         gradients = [dweight, dgamma, dbeta, *gradients]
-        if down is None:
+        if i == lowest:
             return None, [None] * (3 * i) + gradients
-        dh, p = down[:, down.shape[1] - T :], down.shape[1] - T
-        if p and shift.padding == "replicate":
-            dh[:, 0] += down[:, :p].sum(1)
-        h = below[:, below.shape[1] - T :]
-    return dh, gradients
+        dh = _unjoined(_linear(rows, _matrix(level.weight.to(dh.dtype)).T), shift, below.shape)
+        h = below
+    return dh.contiguous(), gradients
