@@ -166,13 +166,12 @@ class BatchNorm(_BatchNorm):
 
     def level(self, weight: Tensor) -> Level:
         """The level that a convolution's matrix (H, C, k) makes with this norm."""
-        like = weight.detach().new_ones(self.num_features)
         momentum = self.momentum
         if momentum is None:
             tracked = self.num_batches_tracked
             momentum = 1 / (1 + float(tracked)) if tracked is not None and self.training else 0.0
-        gamma = like if self.weight is None else self.weight
-        beta = torch.zeros_like(like) if self.bias is None else self.bias
+        gamma = weight.detach().new_ones(self.num_features) if self.weight is None else self.weight
+        beta = weight.detach().new_zeros(self.num_features) if self.bias is None else self.bias
         statistics = (self.running_mean, self.running_var) if self.track_running_stats else (None, None)
         return Level(weight, gamma, beta, *statistics, self.eps, momentum, self.training, self.unbiased)
 

@@ -374,9 +374,12 @@ class _Sequences(torch.autograd.Function):
             dx, *gradients = _differentiable_backward(dh, [x, *saved[: 3 * L]], needed, levels, rows)
             return (dx, None, None, *gradients)
         kept = [sequences.Kept(*saved[i : i + 4]) for i in range(3 * L, 7 * L, 4)]
+        parameters = saved[: 3 * L]
+        del saved, x
+        ctx.maybe_clear_saved_tensors()  # `kept` holds them now, level by level
         lowest = -1 if needed[0] else needed[1:].index(True) // 3
         dx, gradients = sequences.backward(dh, h, levels, kept, ctx.shifts, lowest, needed[1::3])
-        gradients = [d if d is None else d.to(p.dtype) for d, p in zip(gradients, saved, strict=False)]
+        gradients = [d if d is None else d.to(p.dtype) for d, p in zip(gradients, parameters, strict=True)]
         return (dx if needed[0] else None, None, None, *gradients)
 
 

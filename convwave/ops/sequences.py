@@ -14,7 +14,7 @@ p = (k - 1) * dilation rows in front of a sequence.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import NamedTuple
@@ -180,14 +180,16 @@ def _normalise(z: Tensor, level: Level, shift: Shift) -> tuple[Tensor, Tensor]:
         z.sub_(mean)
         return rstd, scale
     assert shift.total is not None
-    counts = _counts(shift, z)
-    mean = z.sum((0, 1)) if not counts else _sum(part * w for part, w in _parts(z, *counts))
-    mean /= shift.total
-    squares = _sum(
-        part.sub_(mean).square() if not w else part.sub_(mean).square().mul_(w[0]) for part, *w in _parts(z, *counts)
-    )
-    var = squares / (shift.total - 1 if level.unbiased else shift.total)
-    rstd = torch.rsqrt(var + level.eps)
+    counts = _counts(shift, z)  # torch adds up the rows of a part pairwise
+    sums = [z.sum((0, 1))] if not counts else [(part * w).sum((0, 1)) for part, w in _parts(z, *counts)]
+    mean = _total(sums).div_(shift.total)
+    sums = []
+    for part, *w in _parts(z, *counts):
+        squares = part.sub_(mean).square()
+        sums.append((squares.mul_(w[0]) if w else squares).sum((0, 1)))
+    squares = _total(sums)
+    var = squares.div_(shift.total - 1 if level.unbiased else shift.total)
+    rstd = (var + level.eps).rsqrt_()
     if level.training:
         track(level, mean, var, shift.total)
     return rstd, level.gamma * rstd
@@ -198,10 +200,8 @@ def _counts(shift: Shift, like: Tensor) -> list[Tensor]:
     return [] if shift.counts is None else [shift.counts.to(like.dtype).view(*like.shape[:2], 1)]
 
 
-def _sum(parts: Iterable[Tensor]) -> Tensor:
-    """(H,) sum over sequences and positions, of which torch adds up those of a part pairwise."""
-    sums = [part.sum((0, 1)) for part in parts]
-    return sums[0] if len(sums) == 1 else torch.stack(sums).sum(0)
+def _total(sums: Sequence[Tensor]) -> Tensor:
+    return sums[0] if len(sums) == 1 else torch.stack(list(sums)).sum(0)
 
 
 def forward(x: Tensor, levels: Sequence[Level], shifts: Sequence[Shift]) -> tuple[Tensor, list[Kept]]:
@@ -235,7 +235,7 @@ def backward(
     dh: Tensor,
     h: Tensor,
     levels: Sequence[Level],
-    kept: Sequence[Kept],
+    kept: list[Kept],
     shifts: Sequence[Shift],
     lowest: int,
     wanted: Sequence[bool],
@@ -244,7 +244,7 @@ def backward(
 
     Args:
         dh, h: (B, T, H_L) gradient and activations of the top level.
-        kept: what `forward` returned.
+        kept: what `forward` returned; it is emptied, so that memory is free again level by level.
         lowest: the lowest level of which a gradient is wanted; -1 for x.
         wanted: of which weights a gradient is wanted.
 
@@ -253,7 +253,7 @@ def backward(
     """
     gradients: list[Tensor | None] = []
     for i in reversed(range(len(levels))):
-        level, shift, (below, deviation, rstd, scale) = levels[i], shifts[i], kept[i]
+        level, shift, (below, deviation, rstd, scale) = levels[i], shifts[i], kept.pop()
         g = torch.empty_like(deviation)
         sums = []
         for dy, y, da, a in _parts(g, deviation, dh, h):
@@ -261,25 +261,26 @@ def backward(
                 torch.ops.aten.tanh_backward.grad_input(da, a, grad_input=dy)
             else:
                 dy.copy_(level.activation.gradient(wide(da), partial(normalised, y, scale, level.beta), wide(a)))
-            sums.append((dy.sum((0, 1)), (dy * y).sum((0, 1))))
-        dbeta, dgamma = sums[0] if len(sums) == 1 else (torch.stack(part).sum(0) for part in zip(*sums, strict=True))
-        dgamma *= rstd
+            sums += [dy.sum((0, 1)), (dy * y).sum((0, 1))]
+        dbeta, dgamma = _total(sums[::2]), _total(sums[1::2]).mul_(rstd)
         if level.of_rows:
             assert shift.total is not None
-            offset = dbeta * scale / -shift.total
-            slope = dgamma * scale * rstd / ((1 if level.unbiased else 0) - shift.total)
+            offset = (dbeta * scale).div_(-shift.total)
+            slope = (dgamma * scale).mul_(rstd).div_((1 if level.unbiased else 0) - shift.total)
             for dy, y, *w in _parts(g, deviation, *_counts(shift, g)):
                 correction = torch.addcmul(offset, y, slope)
                 torch.addcmul(correction.mul_(w[0]) if w else correction, dy, scale, out=dy)
         else:
             g.mul_(scale)
-        rows, dweight = g.to(dh.dtype).view(-1, g.shape[2]), None
+        h, dtype = below, dh.dtype
+        del deviation, dh, y, da, a, below
+        rows, dweight = g.to(dtype).view(-1, g.shape[2]), None
+        del g, dy
         if wanted[i]:
-            dweight = _linear(rows.T, _joined(below, shift).T)
-            dweight = dweight.view(-1, shift.kernel_size, below.shape[2]).transpose(1, 2)
+            dweight = _linear(rows.T, _joined(h, shift).T)
+            dweight = dweight.view(-1, shift.kernel_size, h.shape[2]).transpose(1, 2)
         gradients = [dweight, dgamma, dbeta, *gradients]
         if i == lowest:
             return None, [None] * (3 * i) + gradients
-        dh = _unjoined(_linear(rows, _matrix(level.weight.to(dh.dtype)).T), shift, below.shape)
-        h = below
+        dh = _unjoined(_linear(rows, _matrix(level.weight.to(dtype)).T), shift, h.shape)
     return dh.contiguous(), gradients
