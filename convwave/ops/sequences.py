@@ -21,13 +21,15 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from convwave.data.graph import Padding, Rows, dilated_consumers, dilated_taps
 from convwave.ops.fold import fixed_stats, folded
 from convwave.ops.level import TANH, Level, track, wide
 from convwave.ops.stack import normalised
 
+_BUILT = torch.backends.mkldnn.is_available()
+_LEAST_PRODUCT = 1 << 20  # multiplications; a call of oneDNN's takes 20 us longer than one of MKL's
+_LEAST_TANH = 1 << 16  # numbers
 _TILE = 1 << 18  # numbers of an elementwise step: 1 MB of float32, of the size of a second-level cache
 
 
@@ -84,10 +86,10 @@ class Kept(NamedTuple):
     scale: Tensor
 
 
-def _onednn(x: Tensor) -> bool:
-    """Whether torch has oneDNN's operators for tensors like this one."""
-    narrow = x.dtype in (torch.float32, torch.bfloat16)
-    return narrow and torch.backends.mkldnn.is_available() and torch._C._get_mkldnn_enabled()
+def _onednn(x: Tensor, work: int, least: int) -> bool:
+    """Whether to call oneDNN's operators: torch has them for tensors like this one, and there is enough work."""
+    narrow = x.dtype == torch.float32 or x.dtype == torch.bfloat16
+    return work >= least and narrow and _BUILT and torch._C._get_mkldnn_enabled()
 
 
 def _linear(x: Tensor, matrix: Tensor, shift: Tensor | None = None, activation: str = "none") -> Tensor:
@@ -95,34 +97,47 @@ def _linear(x: Tensor, matrix: Tensor, shift: Tensor | None = None, activation: 
 
     oneDNN computes matrices with gaps in both too, a hundred times slower.
     """
-    if _onednn(x):
-        return torch.ops.mkldnn._linear_pointwise(x, matrix, shift, activation, [], "")
-    y = F.linear(x, matrix, shift)
-    return y.tanh_() if activation == "tanh" else y
+    if _onednn(x, x.shape[0] * matrix.numel(), _LEAST_PRODUCT):
+        return torch.ops.mkldnn._linear_pointwise.default(x, matrix, shift, activation, [], "")
+    y = torch.mm(x, matrix.T) if shift is None else torch.addmm(shift, x, matrix.T)
+    return _tanh_(y.mul_(2)) if activation == "tanh" else y
+
+
+def _tanh_(twice: Tensor) -> Tensor:
+    """tanh of half of a tensor, in its place: e / (e + 2) with e = exp(2 y) - 1, where torch.tanh is slower.
+
+    In float32 it is off by at most 2.5 units in the last place; elsewhere it is torch.tanh.
+    """
+    if twice.dtype != torch.float32:
+        return twice.div_(2).tanh_()
+    e = twice.clamp_(max=40).expm1_()
+    return e.div_(e + 2)
 
 
 def _joined(x: Tensor, shift: Shift) -> Tensor:
     """(B * T, kC) what the taps read of x (B, T, C), oldest first, side by side."""
     (B, T, C), k = x.shape, shift.kernel_size
     joined = x.new_empty(B, T, k, C)
-    for j in range(k):
+    for j, tap in enumerate(joined.unbind(2)):
         back = min((k - 1 - j) * shift.dilation, T)
-        joined[:, back:, j] = x[:, : T - back]
-        if back:
-            joined[:, :back, j] = x[:, :1] if shift.padding == "replicate" else 0
+        if not back:
+            tap.copy_(x)
+            continue
+        tap.narrow(1, back, T - back).copy_(x.narrow(1, 0, T - back))
+        before = tap.narrow(1, 0, back)
+        before.copy_(x.narrow(1, 0, 1)) if shift.padding == "replicate" else before.zero_()
     return joined.view(B * T, k * C)
 
 
 def _unjoined(joined: Tensor, shift: Shift, shape: Sequence[int]) -> Tensor:
     """(B, T, C) the gradient of x, of that of `_joined` (B * T, kC); a part of that memory."""
-    (_, T, _), k = shape, shift.kernel_size
-    joined = joined.view(*shape[:2], k, shape[2])
-    dx = joined[:, :, k - 1]
-    for j in range(k - 1):
+    (B, T, C), k = shape, shift.kernel_size
+    *older, dx = joined.view(B, T, k, C).unbind(2)
+    for j, tap in enumerate(older):
         back = min((k - 1 - j) * shift.dilation, T)
-        dx[:, : T - back] += joined[:, back:, j]
+        dx.narrow(1, 0, T - back).add_(tap.narrow(1, back, T - back))
         if shift.padding == "replicate":
-            dx[:, 0] += joined[:, :back, j].sum(1)
+            dx.select(1, 0).add_(tap.narrow(1, 0, back).sum(1))
     return dx
 
 
@@ -152,20 +167,22 @@ def _parts(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
 def _activated(deviation: Tensor, scale: Tensor, level: Level, dtype: torch.dtype) -> Tensor:
     """(B, T, H) of deviations (B, T, P * H): scaled, shifted and activated."""
     B, T, width = deviation.shape
-    h = torch.empty(B, T, width // level.activation.parts, dtype=dtype)
+    h = torch.empty(B, T, width // level.activation.parts, dtype=dtype)  # untouched where one part is all
     beta = wide(level.beta)
-    fused = level.activation is TANH and deviation.dtype == torch.float32 and _onednn(deviation)
+    fused = level.activation is TANH and _onednn(deviation, deviation.numel(), _LEAST_TANH)
     for part, out in _parts(deviation, h):
         if fused:  # every channel is convolved with one number, in an image of one line
             image, kernel = part.unsqueeze(1).permute(0, 3, 1, 2), scale.view(-1, 1, 1, 1)
-            y = torch.ops.mkldnn._convolution_pointwise(
+            y = torch.ops.mkldnn._convolution_pointwise.default(
                 image, kernel, beta, [0, 0], [1, 1], [1, 1], width, "tanh", [], ""
             )
             y = y.squeeze(2).transpose(1, 2)
-            if out is h and dtype == y.dtype and y.is_contiguous():
-                return y
+        elif level.activation is TANH:
+            y = _tanh_(torch.addcmul(beta * 2, part, scale * 2))
         else:
             y = level.activation.value(normalised(part, scale, beta))
+        if out is h and y.dtype == dtype and y.is_contiguous():
+            return y
         out.copy_(y)
     return h
 
