@@ -29,7 +29,7 @@ from convwave.ops.stack import normalised
 
 _BUILT = torch.backends.mkldnn.is_available()
 _LEAST_PRODUCT = 1 << 20  # multiplications; a call of oneDNN's takes 20 us longer than one of MKL's
-_LEAST_TANH = 1 << 16  # numbers
+_LEAST_TANH = 1 << 18  # numbers
 _TILE = 1 << 18  # numbers of an elementwise step: 1 MB of float32, of the size of a second-level cache
 
 
