@@ -66,7 +66,7 @@ sanitize:
 
 # GPU tests and all studies with the system's Python, which has torch and triton; nine minutes, results in $$OUT.
 gpu:
-	$(PYTHON) benchmarks/gpu.py
+	PYTHON=$(PYTHON) benchmarks/gpu.sh
 
 clean:
 	rm -rf $(VENV) build *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis runs

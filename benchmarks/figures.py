@@ -4,7 +4,6 @@
     python -m benchmarks.figures evaluate    exact evaluation of all positions, and preparing it from text
     python -m benchmarks.figures sample      100,000 names
     python -m benchmarks.figures record      recipe record, five seeds, with the test split, once
-    python -m benchmarks.figures optimizer   torch.optim.Muon and the float32 one
     python -m benchmarks.figures equality    how far zero padding and BatchNorm's look ahead are from equality
     python -m benchmarks.figures all
 
@@ -16,102 +15,34 @@ from __future__ import annotations
 import argparse
 import copy
 import json
-import statistics
-import time
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
+from timeit import repeat
 from typing import Any
 
 import torch
 from torch.nn import functional as F
 
 import convwave as cw
-from benchmarks.results import RESULTS
+from benchmarks.results import RESULTS, write_json
+from benchmarks.speedrun import PostLoop, over_seeds, prepare, quantiles
 from benchmarks.tasks import Conv1dStack, rectangle
 from convwave.cli.console import stderr
-from convwave.files import write_atomic
 from convwave.runs.registry import provenance
-from convwave.train import Config, begin, threads, train
-from convwave.train.optim import Muon
+from convwave.train import Config, train
 
 
-def quantiles(values: list[float]) -> dict[str, float]:
-    """Median with the extremes."""
-    return {"median": statistics.median(values), "min": min(values), "max": max(values), "runs": len(values)}
-
-
-def repeat(action: Callable[[], Any], runs: int, warmup: int = 2) -> dict[str, float]:
+def timed(action: Callable[[], Any], runs: int, warmup: int = 2) -> dict[str, float]:
     """Wall-clock seconds of an action."""
-    seconds = []
-    for _ in range(warmup + runs):
-        started = time.perf_counter()
-        action()
-        seconds.append(time.perf_counter() - started)
-    return quantiles(seconds[warmup:])
+    return quantiles(repeat(action, number=1, repeat=warmup + runs)[warmup:])
 
 
-class PostLoop:
-    """The post's own loop, timed a piece at a time between other trainings: its speed drifts with the machine's."""
-
-    def __init__(self, words: cw.Words, steps: int) -> None:
-        self.config, self.steps = Config.make("hierarchical"), steps
-        vocabulary = cw.Vocabulary.from_words(words.words)
-        self._run = begin(self.config, cw.pack(cw.split_words(words.words).train, vocabulary), vocabulary)
-        self.pieces: list[float] = []
-
-    def piece(self) -> None:
-        with threads(1):  # faster than two for batches of 32 windows
-            started = time.perf_counter()
-            for i in range(self.steps):
-                self._run.step(i)
-            self.pieces.append((time.perf_counter() - started) / self.steps)
-
-    @property
-    def seconds(self) -> float:
-        """Of the whole loop, scaled from the pieces."""
-        return statistics.median(self.pieces) * self.config.steps
+def fast(words: cw.Words) -> dict[str, Any]:
+    return over_seeds(words, Config.make(), 5, PostLoop(words, 5000))
 
 
-def prepare(words: cw.Words, factors: tuple[int, ...] = (2, 2, 2)) -> cw.EvaluationSet:
-    return cw.EvaluationSet(cw.split_words(words.words), cw.Vocabulary.from_words(words.words), factors)
-
-
-def over_seeds(config: Config, words: cw.Words, seeds: int, between: Callable[[], None]) -> dict[str, Any]:
-    """Losses and times of one recipe over seeds 0, 1, ..; `between` runs before every training."""
-    results = []
-    for seed in range(seeds):
-        between()
-        result = train(replace(config, seed=seed), words)
-        results.append(result)
-        losses = {name: split.loss for name, split in result.splits.items()}
-        stderr().print(f"  seed {seed}: {result.seconds:.2f} s, {losses}")
-    splits = {name: [float(r.splits[name].loss or 0) for r in results] for name in results[0].splits}
-    return {
-        "config": results[0].summary() | {"seed": None, "checkpoint": None},
-        "seconds": quantiles([r.seconds for r in results]),
-        "losses": {
-            name: {"mean": statistics.mean(values), "std": statistics.stdev(values), "values": values}
-            for name, values in splits.items()
-        },
-    }
-
-
-def fast(words: cw.Words, seeds: int = 5) -> dict[str, Any]:
-    loop = PostLoop(words, 5000)
-    report = over_seeds(Config.make(), words, seeds, loop.piece)
-    return report | {
-        "post_loop": {
-            "seconds_per_step": quantiles(loop.pieces),
-            "steps_measured": loop.steps * seeds,
-            "seconds_scaled_to_200000_steps": loop.seconds,
-        },
-        "times_faster": loop.seconds / report["seconds"]["median"],
-    }
-
-
-def record(words: cw.Words, seeds: int = 5) -> dict[str, Any]:
-    return over_seeds(Config.make(recipe="record"), words, seeds, lambda: None)
+def record(words: cw.Words) -> dict[str, Any]:
+    return over_seeds(words, Config.make(recipe="record"), 5)
 
 
 def evaluate(words: cw.Words, runs: int = 21) -> dict[str, Any]:
@@ -127,26 +58,17 @@ def evaluate(words: cw.Words, runs: int = 21) -> dict[str, Any]:
     return {
         "positions": len(windows.targets),
         "nodes": {"distinct": prepared.graph.num_nodes, "windowed": 7 * len(windows.targets)},
-        "evaluate_seconds": repeat(lambda: prepared.losses(model), runs),
-        "prepare_from_text_seconds": repeat(lambda: prepare(cw.read_words(words.source)), runs),
-        "windowed_evaluate_seconds": repeat(lambda: cw.reference.split_loss(mlp, windows), 5),
+        "evaluate_seconds": timed(lambda: prepared.losses(model), runs),
+        "prepare_from_text_seconds": timed(lambda: prepare(cw.read_words(words.source)), runs),
+        "windowed_evaluate_seconds": timed(lambda: cw.reference.split_loss(mlp, windows), 5),
     }
 
 
-def sample(words: cw.Words, count: int = 100_000, runs: int = 5) -> dict[str, Any]:
+def sample(words: cw.Words, count: int = 100_000) -> dict[str, Any]:
     """Names from a trained network, so that they have a network's lengths."""
     model = train(Config.make(), words).model
-    seconds = repeat(lambda: cw.sample(model, count), runs, warmup=1)
+    seconds = timed(lambda: cw.sample(model, count), 5, warmup=1)
     return {"count": count, "seconds": seconds, "names_per_second": count / seconds["median"]}
-
-
-def optimizer(words: cw.Words, runs: int = 200) -> dict[str, Any]:
-    """One step of Muon on the three convolution matrices: torch's, in bfloat16, and ours, in float32."""
-    matrices = [torch.nn.Parameter(torch.randn(68, columns)) for columns in (20, 136, 136)]
-    for weight in matrices:
-        weight.grad = torch.randn_like(weight)
-    peers = {"torch.optim.Muon": torch.optim.Muon(matrices), "convwave.optim.Muon": Muon(matrices)}
-    return {name: repeat(peer.step, runs, warmup=5) for name, peer in peers.items()}
 
 
 def equality(words: cw.Words) -> dict[str, Any]:
@@ -200,11 +122,7 @@ def look_ahead(model: cw.ConvWave, packed: cw.Packed, batches: tuple[int, ...] =
     return rows
 
 
-FIGURES = {figure.__name__: figure for figure in (fast, evaluate, sample, record, optimizer, equality)}
-
-
-def save(report: dict[str, Any], path: Path) -> None:
-    write_atomic(path, (json.dumps(report, indent=2) + "\n").encode())
+FIGURES = {figure.__name__: figure for figure in (fast, evaluate, sample, record, equality)}
 
 
 def main() -> None:
@@ -218,7 +136,7 @@ def main() -> None:
     for name in FIGURES if args.figure == "all" else [args.figure]:
         stderr().print(name)
         report = {"provenance": provenance(f"python -m benchmarks.figures {name}"), **FIGURES[name](words)}
-        save(report, args.out / f"{name}.json")
+        write_json(args.out / f"{name}.json", report)
         print(json.dumps({name: report}))
 
 

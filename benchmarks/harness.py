@@ -23,13 +23,14 @@ import math
 import os
 import random
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass
 from functools import partial
 from itertools import accumulate
-from typing import Any, NamedTuple
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
@@ -47,26 +48,22 @@ class Unavailable(Exception):
     """A competitor that this machine cannot run; the message says why."""
 
 
-class Work(NamedTuple):
-    """A competitor that is ready: the action that is timed, what it computes, by name, and what it trains."""
-
-    run: Callable[[], Any]
-    result: Callable[[], Results]
-    parameters: Sequence[Tensor] = ()
-
-
 @dataclass(frozen=True)
-class Competitor:
-    """One way to compute something. Those of a group share one error bound, derived from the first, its baseline."""
+class Work:
+    """A competitor that is ready. Those of a group share one error bound, derived from the first, its baseline."""
 
-    provider: str  # its name in tables and files
-    make: Callable[[], Work]  # builds and compiles it; may raise `Unavailable`
+    run: Callable[[], Any]  # what is timed
+    result: Callable[[], Results]  # what it computes, by name
+    parameters: Sequence[Tensor] = ()  # what it trains
     dtype: torch.dtype = torch.float32  # sets the precision that the check expects
     positions: int | None = None  # that one run handles, when it is another number than its rivals'
     expected: Results | None = None  # what it must compute, when that is not what its rivals compute
     group: str = ""
     exact: Callable[[], Results] | None = None  # of a baseline: the same code in float64, to prove that it only rounds
     no_capture: str = ""  # why no CUDA graph is made of it; a capture that fails may spoil those after it
+
+
+Competitor = tuple[str, Callable[[], Work]]  # its name in tables and files, and what builds it or raises `Unavailable`
 
 
 @dataclass(frozen=True)
@@ -85,36 +82,19 @@ class Settings:
         return self.device.startswith("cuda")
 
 
-@dataclass(frozen=True)
-class Row:
-    """One figure; without a provider, the point of a study at which a comparison stands.
+NUMBERS = (*QUANTILES, "noise", "error", "bound")
+
+
+class Row(dict[str, Any]):
+    """One figure as a file holds it; without a provider, the point of a study at which a comparison stands.
 
     `status` is "ok", "wrong" or "not measured"; only the first has numbers.
     """
 
-    study: str
-    mode: str
-    x_name: str | None = None
-    x: float | str | None = None
-    device: str = "cpu"
-    provider: str = ""
-    metric: str = "seconds"
-    unit: str = "s"
-    median: float | None = None
-    p05: float | None = None
-    p25: float | None = None
-    p75: float | None = None
-    p95: float | None = None
-    n: int = 0
-    noise: float | None = None
-    status: str = "ok"
-    error: float | None = None
-    bound: float | None = None
-    note: str = ""
-
     def row(self, provider: str, metric: str = "seconds", unit: str = "s", **values: Any) -> Row:
         """A figure at this point; of one number, unless `values` say otherwise."""
-        return replace(self, provider=provider, metric=metric, unit=unit, **{"n": int("median" in values), **values})
+        found = {"provider": provider, "metric": metric, "unit": unit, **dict.fromkeys(NUMBERS)}
+        return Row(self | found | {"n": int("median" in values), "status": "ok", "note": ""} | values)
 
     def absent(self, provider: str, reason: Exception | str, metric: str = "seconds") -> Row:
         """The row of something that was not measured."""
@@ -133,9 +113,7 @@ def why(reason: Exception | str) -> str:
 
 def quantiles(samples: Sequence[float]) -> dict[str, float]:
     """Median and quantiles by linear interpolation between the ordered samples."""
-    shares = torch.tensor(list(QUANTILES.values()), dtype=torch.float64)
-    found = torch.tensor(samples, dtype=torch.float64).quantile(shares)
-    return dict(zip(QUANTILES, found.tolist(), strict=True))
+    return dict(zip(QUANTILES, np.quantile(samples, list(QUANTILES.values())).tolist(), strict=True))
 
 
 def noise(samples: Sequence[float]) -> float:
@@ -179,16 +157,16 @@ def error_bound(baseline: float, dtype: torch.dtype) -> float:
     return max(4 * baseline, 16 * torch.finfo(dtype).eps)
 
 
-def baseline_bound(competitor: Competitor, expected: Results) -> float:
+def baseline_bound(work: Work, expected: Results) -> float:
     """Error bound of a baseline of errors.
 
     Half of the digits; or, where its code gives the expected result in float64, a tenth: nn.BatchNorm1d on a CPU adds
     up row by row, and over a million float32 rows 0.4 % is what that costs.
     """
-    if competitor.exact is None:
-        tf32 = competitor.dtype == torch.float32 and torch.get_float32_matmul_precision() != "highest"
-        return (2.0**-10 if tf32 else torch.finfo(competitor.dtype).eps) ** 0.5
-    return 0.1 if relative_error(competitor.exact(), expected) <= EXACT else 0.0
+    if work.exact is not None:
+        return 0.1 if relative_error(work.exact(), expected) <= EXACT else 0.0
+    tf32 = work.dtype == torch.float32 and torch.get_float32_matmul_precision() != "highest"
+    return (2.0**-10 if tf32 else torch.finfo(work.dtype).eps) ** 0.5
 
 
 # Clocks
@@ -216,8 +194,10 @@ def calls_for(run: Callable[[], Any], settings: Settings) -> int:
     return max(1, min(10_000, round(settings.sample_seconds / max(seconds, 1e-9))))
 
 
-def capture(run: Callable[[], Any]) -> Callable[[], Any]:
-    """The replay of a CUDA graph of `run`; raises `Unavailable` where it cannot be captured."""
+def capture(run: Callable[[], Any], reason: str = "") -> Callable[[], Any]:
+    """The replay of a CUDA graph of `run`; raises `Unavailable` where it cannot be captured, or for a known reason."""
+    if reason:
+        raise Unavailable(reason)
     current = torch.cuda.current_stream()
     try:
         torch.cuda.synchronize()
@@ -254,15 +234,9 @@ def device_launches(events: Any) -> list[tuple[str, float]]:
     return [(event.name, event.time_range.elapsed_us() * 1e-6) for event in found]
 
 
-def kernel_seconds(run: Callable[[], Any], calls: int = 5) -> list[float]:
-    """Seconds that kernels were running, of each of some calls; their mean where the calls cannot be told apart."""
-    return per_call([seconds for _, seconds in kernel_launches(run, calls)], calls)
-
-
-def per_call(launches: Sequence[float], calls: int) -> list[float]:
-    """Sums over the launches of each call, when every call has equally many; else their mean alone."""
-    each, rest = divmod(len(launches), calls)
-    return [sum(launches) / calls] if rest else [sum(launches[i * each : (i + 1) * each]) for i in range(calls)]
+def kernel_seconds(run: Callable[[], Any], calls: int = 5) -> float:
+    """Seconds that kernels are running in a call, the mean of some."""
+    return sum(seconds for _, seconds in kernel_launches(run, calls)) / calls
 
 
 def operators(run: Callable[[], Any]) -> int:
@@ -299,20 +273,19 @@ def peak_bytes(work: Work, device: str) -> float:
 
 @dataclass
 class _Entry:
-    """A competitor that passed its check."""
+    """A competitor that passed its check: what is timed and its samples, by metric."""
 
-    competitor: Competitor
+    provider: str
     work: Work
     calls: int
     checked: dict[str, Any]
     positions: int
-    seconds: list[float] = field(default_factory=list)
-    replay: Callable[[], Any] | None = None
-    replay_seconds: list[float] = field(default_factory=list)
+    timed: dict[str, Callable[[], Any]]
+    samples: dict[str, list[float]]
 
 
 def compare(
-    competitors: Sequence[Competitor],
+    competitors: Iterable[Competitor],
     expected: Results,
     point: Row,
     settings: Settings,
@@ -340,43 +313,42 @@ def compare(
     rows: list[Row] = []  # of those that cannot be timed
     entries: list[_Entry] = []
     errors: dict[str, float] = {}
-    for one in competitors:
+    for provider, make in competitors:
         try:
             if time.monotonic() > settings.deadline:
                 raise Unavailable(TIME_UP)
-            work = one.make()
-            truth = expected if one.expected is None else one.expected
+            work = make()
+            truth = expected if work.expected is None else work.expected
             error = relative_error(work.result(), truth)
-            known = one.group in errors
-            bound = error_bound(errors[one.group], one.dtype) if known else baseline_bound(one, truth)
+            known = work.group in errors
+            bound = error_bound(errors[work.group], work.dtype) if known else baseline_bound(work, truth)
         except ValueError as reason:
-            rows.append(point.row(one.provider, status="wrong", note=why(str(reason))))
+            rows.append(point.row(provider, status="wrong", note=why(str(reason))))
+            continue
         except Exception as reason:  # a peer may fail in any way; the others are still to be measured
-            rows.append(point.absent(one.provider, reason))
-        else:
-            checked: dict[str, Any] = {"error": error, "bound": bound}
-            if error <= bound:
-                errors.setdefault(one.group, error)
-                entries.append(_Entry(one, work, calls_for(work.run, settings), checked, one.positions or positions))
-            else:
-                note = "differs from the float64 result"
-                rows.append(point.row(one.provider, status="wrong", note=note, **checked))
-    for entry in entries if settings.cuda else ():
-        try:
-            if entry.competitor.no_capture:
-                raise Unavailable(entry.competitor.no_capture)
-            entry.replay = capture(entry.work.run)
-        except Unavailable as reason:
-            rows.append(point.absent(entry.competitor.provider, reason, "graph_seconds"))
+            rows.append(point.absent(provider, reason))
+            continue
+        checked: dict[str, Any] = {"error": error, "bound": bound}
+        if error > bound:
+            rows.append(point.row(provider, status="wrong", note="differs from the float64 result", **checked))
+            continue
+        errors.setdefault(work.group, error)
+        calls, timed = calls_for(work.run, settings), {"seconds": work.run}
+        if settings.cuda:
+            try:
+                timed["graph_seconds"] = capture(work.run, work.no_capture)
+            except Unavailable as reason:
+                rows.append(point.absent(provider, reason, "graph_seconds"))
+        handled = work.positions or positions
+        entries.append(_Entry(provider, work, calls, checked, handled, timed, {metric: [] for metric in timed}))
 
     order = random.Random(0)
     for _ in rounds(settings):
         for entry in order.sample(entries, len(entries)):
-            entry.seconds.append(sample(entry.work.run, entry.calls, settings.device))
-            if entry.replay is not None:
-                entry.replay_seconds.append(sample(entry.replay, entry.calls, settings.device))
+            for metric, run in entry.timed.items():
+                entry.samples[metric].append(sample(run, entry.calls, settings.device))
 
-    base = next((entry for entry in entries if entry.competitor.provider == baseline), None)
+    base = next((entry for entry in entries if entry.provider == baseline), None)
     return [row for entry in entries for row in _rows(entry, base, point, settings, memory)] + rows
 
 
@@ -390,23 +362,22 @@ def rounds(settings: Settings) -> Iterator[int]:
 
 
 def _rows(entry: _Entry, base: _Entry | None, point: Row, settings: Settings, memory: bool) -> Iterator[Row]:
-    row: Callable[..., Row] = partial(point.row, entry.competitor.provider, **entry.checked)
-    seconds = statistics(entry.seconds)
-    yield row("seconds", "s", **seconds)
+    row: Callable[..., Row] = partial(point.row, entry.provider, **entry.checked)
+    found = {metric: statistics(samples) for metric, samples in entry.samples.items()}
+    for metric, numbers in found.items():
+        yield row(metric, "s", **numbers)
     if entry.positions:
-        turned = zip(QUANTILES, reversed(QUANTILES), strict=True)  # the fastest run has the shortest time
+        seconds, turned = found["seconds"], zip(QUANTILES, reversed(QUANTILES), strict=True)  # the fastest is shortest
         yield row("positions_per_second", "1/s", **seconds | {q: entry.positions / seconds[p] for q, p in turned})
     if base is not None and entry is not base:
-        yield row("speedup", "x", **speedup(entry, base), note=f"over {base.competitor.provider}")
-    if entry.replay_seconds:
-        yield row("graph_seconds", "s", **statistics(entry.replay_seconds))
+        yield row("speedup", "x", **speedup(entry, base), note=f"over {base.provider}")
     if settings.cuda:
-        yield row("kernel_seconds", "s", **statistics(kernel_seconds(entry.work.run)))
+        yield row("kernel_seconds", "s", median=kernel_seconds(entry.work.run))
     if memory:
         peak = peak_bytes(entry.work, settings.device)
-        yield row("peak_bytes", "B", **statistics([peak]))
+        yield row("peak_bytes", "B", median=peak)
         if entry.positions:
-            yield row("bytes_per_position", "B", **statistics([peak / entry.positions]))
+            yield row("bytes_per_position", "B", median=peak / entry.positions)
 
 
 def speedup(entry: _Entry, base: _Entry) -> dict[str, Any]:
@@ -415,8 +386,9 @@ def speedup(entry: _Entry, base: _Entry) -> dict[str, Any]:
     How far the median of those ratios is from the ratio counts as noise.
     """
     scale = (entry.positions or 1) / (base.positions or 1)
-    found = statistics([scale * b / e for b, e in zip(base.seconds, entry.seconds, strict=True)])
-    ratio = scale * quantiles(base.seconds)["median"] / quantiles(entry.seconds)["median"]
+    slow, fast = base.samples["seconds"], entry.samples["seconds"]
+    found = statistics([scale * b / e for b, e in zip(slow, fast, strict=True)])
+    ratio = scale * quantiles(slow)["median"] / quantiles(fast)["median"]
     apart = max(ratio, found["median"]) / min(ratio, found["median"]) - 1
     found |= {q: (min if share < 0.5 else max)(found[q], ratio) for q, share in QUANTILES.items()}
     return found | {"median": ratio, "noise": max(found["noise"], apart)}

@@ -3,9 +3,9 @@
     python -m benchmarks.speedrun                    the post's network to the post's loss
     python -m benchmarks.speedrun --track open       any network of up to 100,000 parameters to the lecture's best loss
     python -m benchmarks.speedrun --tier reference   by another tier than the machine's fastest
-    python -m benchmarks.speedrun --profile          where the time of the fastest tier goes
+    python -m benchmarks.speedrun --profile          where the time of tier cpu goes
 
-Rules. Data: the post's names.txt in the post's split. Target: the mean validation loss over at least 20 seeds lies at
+Rules. Data: the post's names.txt in the post's split. Target: the mean validation loss over 20 seeds lies at
 or below the track's, and a one-sided t-test rejects with p < 0.01 that the true mean lies above. Timed: everything from
 the text, a string, to the final network: splitting, packing, graphs, initial weights, all steps, and the running
 statistics for evaluation, which see the training split only. Not timed: imports, warm-up, evaluation. Where the target
@@ -24,6 +24,7 @@ import math
 import statistics
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -31,12 +32,11 @@ from typing import Any, NamedTuple
 import torch
 
 import convwave as cw
-from benchmarks.figures import PostLoop, prepare, quantiles, save
 from benchmarks.harness import synchronize
-from benchmarks.results import RESULTS
-from convwave.cli.console import stderr, table
+from benchmarks.results import RESULTS, write_json
+from convwave.cli.console import stderr
 from convwave.runs.registry import device_name, provenance
-from convwave.train import PUBLISHED, Config, UsageError, available_tiers, fit
+from convwave.train import PUBLISHED, Config, UsageError, available_tiers, begin, fit, threads
 
 SEEDS, LEVEL = 20, 0.01
 BLOG_STEPS = 500  # of the baseline, between two trainings
@@ -77,7 +77,70 @@ def timed_training(text: str, config: Config) -> Timed:
     return Timed(model, time.perf_counter() - started, time.process_time() - cpu_started)
 
 
-def p_value(values: list[float], target: float) -> float:
+class PostLoop:
+    """The post's own loop, timed a piece at a time between other trainings: its speed drifts with the machine's."""
+
+    def __init__(self, words: cw.Words, steps: int) -> None:
+        self.config, self.steps = Config.make("hierarchical"), steps
+        vocabulary = cw.Vocabulary.from_words(words.words)
+        self._run = begin(self.config, cw.pack(cw.split_words(words.words).train, vocabulary), vocabulary)
+        self.pieces: list[float] = []
+
+    def piece(self) -> None:
+        with threads(1):  # faster than two for batches of 32 windows
+            started = time.perf_counter()
+            for i in range(self.steps):
+                self._run.step(i)
+            self.pieces.append((time.perf_counter() - started) / self.steps)
+
+    @property
+    def seconds(self) -> float:
+        """Of the whole loop, scaled from the pieces."""
+        return statistics.median(self.pieces) * self.config.steps
+
+
+def quantiles(values: Sequence[float]) -> dict[str, float]:
+    """Median with the extremes."""
+    return {"median": statistics.median(values), "min": min(values), "max": max(values), "runs": len(values)}
+
+
+def prepare(words: cw.Words, factors: tuple[int, ...] = (2, 2, 2)) -> cw.EvaluationSet:
+    return cw.EvaluationSet(cw.split_words(words.words), cw.Vocabulary.from_words(words.words), factors)
+
+
+def over_seeds(words: cw.Words, config: Config, seeds: int, loop: PostLoop | None = None) -> dict[str, Any]:
+    """Losses and times of a recipe over seeds 0, 1, ..; with a piece of the post's loop before every training."""
+    text, evaluation = "\n".join(words.words), prepare(words, config.factors)
+    timed_training(text, replace(config, steps=3))  # warm-up
+    runs, losses = [], []
+    for seed in range(seeds):
+        if loop is not None:
+            loop.piece()
+        runs.append(timed_training(text, replace(config, seed=seed)))
+        found = evaluation.losses(runs[-1].model.cpu())
+        losses.append({split: float(loss.loss or 0) for split, loss in found.items()})
+        stderr().print(f"  seed {seed}: {runs[-1].seconds:.2f} s, val {losses[-1]['val']:.4f}")
+    seconds = [run.seconds for run in runs]
+    report: dict[str, Any] = {
+        "config": config.summary() | {"seed": None, "parameters": runs[0].model.num_parameters},
+        "seeds": list(range(seeds)),
+        "losses": {split: [loss[split] for loss in losses] for split in losses[0]},
+        "seconds": quantiles(seconds),
+        "cpu_seconds": quantiles([run.cpu_seconds for run in runs]),
+        "all_seconds": seconds,
+    }
+    if loop is not None:
+        report["post_loop"] = {
+            "what": "an estimate: pieces timed between the trainings, scaled",
+            "seconds_per_step": quantiles(loop.pieces),
+            "steps_measured": loop.steps * len(loop.pieces),
+            "seconds_scaled_to_200000_steps": loop.seconds,
+        }
+        report["times_faster"] = loop.seconds / statistics.median(seconds)
+    return report
+
+
+def p_value(values: Sequence[float], target: float) -> float:
     """One-sided t-test: how likely means this far below the target are if the true mean is the target.
 
     With t = sqrt(f) tan(angle), Student's density of f degrees of freedom is that of cos(angle)^(f - 1).
@@ -93,101 +156,71 @@ def p_value(values: list[float], target: float) -> float:
     return area(t) / area(-math.pi / 2)
 
 
-def speedrun(words: cw.Words, name: str, config: Config, seeds: int) -> dict[str, Any]:
+def speedrun(words: cw.Words, name: str, config: Config) -> dict[str, Any]:
     """Train once per seed and judge; without times where the target is missed."""
     track = TRACKS[name]
-    text = "\n".join(words.words)
-    evaluation = prepare(words, config.factors)
-    loop = PostLoop(words, BLOG_STEPS)
-    timed_training(text, replace(config, steps=3))  # warm-up
-    runs, losses = [], []
-    for seed in range(seeds):
-        loop.piece()
-        run = timed_training(text, replace(config, seed=seed))
-        runs.append(run)
-        losses.append({split: float(loss.loss or 0) for split, loss in evaluation.losses(run.model.cpu()).items()})
-        stderr().print(f"  seed {seed}: val {losses[-1]['val']:.4f}")
-    val = [loss["val"] for loss in losses]
+    found = over_seeds(words, config, SEEDS, PostLoop(words, BLOG_STEPS))
+    val, parameters = found["losses"]["val"], found["config"]["parameters"]
     p = p_value(val, track.target)
-    parameters = runs[0].model.num_parameters
-    report = {
+    reached = parameters <= track.parameters and statistics.mean(val) <= track.target and p < LEVEL
+    times = ("seconds", "cpu_seconds", "all_seconds", "post_loop", "times_faster")
+    return {
         "track": name,
         "title": track.title,
         "target": track.target,
         "most_parameters": track.parameters,
         "parameters": parameters,
-        "config": config.summary(),
-        "seeds": list(range(seeds)),
-        "losses": {split: [loss[split] for loss in losses] for split in losses[0]},
         "val_mean": statistics.mean(val),
         "val_std": statistics.stdev(val),
         "p_value": p,
-        "reached": parameters <= track.parameters and statistics.mean(val) <= track.target and p < LEVEL,
+        "reached": reached,
+        **{key: value for key, value in found.items() if reached or key not in times},
     }
-    if report["reached"]:
-        seconds = [run.seconds for run in runs]
-        measured = f"{BLOG_STEPS * len(loop.pieces)} of {loop.config.steps} steps"
-        report |= {
-            "seconds": quantiles(seconds),
-            "cpu_seconds": quantiles([run.cpu_seconds for run in runs]),
-            "all_seconds": seconds,
-            "baseline": {
-                "what": f"estimate: {measured} timed between trainings, scaled",
-                "seconds_per_step": quantiles(loop.pieces),
-                "estimated_seconds": loop.seconds,
-            },
-            "times_faster": loop.seconds / statistics.median(seconds),
-        }
-    return report
 
 
-PARTS = {  # of a training in tier "cpu": the functions in which its time goes by
-    "text and packing": ("Vocabulary.from_words", "split_words", "pack"),
-    "graph of all contexts": ("distinct_graph",),
-    "batches": ("StepReader.batch",),
-    "gradients": ("ClosedForm.gradients",),
-    "optimiser": ("MuonAdam.step",),
-    "running statistics": ("recompute_statistics",),
+PARTS = {  # of a training in tier "cpu": in which part the time of a function counts
+    "Vocabulary.from_words": "text and packing",
+    "split_words": "text and packing",
+    "pack": "text and packing",
+    "distinct_graph": "graph of all contexts",
+    "StepReader.batch": "batches",
+    "ClosedForm.gradients": "gradients",
+    "MuonAdam.step": "optimiser",
+    "recompute_statistics": "running statistics",
 }
 
 
-def profile(words: cw.Words, config: Config) -> dict[str, Any]:
-    """Where a training's time goes: by part, under cProfile, and by operator, under torch's profiler."""
-    text = "\n".join(words.words)
-    timed_training(text, replace(config, steps=3))
-    best = min((by_part(text, config) for _ in range(7)), key=lambda part: sum(part.values()))
-    with torch.profiler.profile() as profiler:
-        timed_training(text, config)
-    operators = sorted(profiler.key_averages(), key=lambda row: -row.self_cpu_time_total)
-    total = sum(row.self_cpu_time_total for row in operators)
-    return {
-        "config": config.summary(),
-        "milliseconds": {name: 1000 * seconds for name, seconds in best.items()},
-        "runs": 7,
-        "operators": [
-            {
-                "name": row.key,
-                "calls_per_step": row.count / config.steps,
-                "microseconds_per_step": row.self_cpu_time_total / config.steps,
-                "share": row.self_cpu_time_total / total,
-            }
-            for row in operators[:25]
-        ],
-    }
-
-
 def by_part(text: str, config: Config) -> dict[str, float]:
-    """Seconds in each of `PARTS` of a training in tier "cpu"."""
+    """Seconds in each part of a training in tier "cpu"."""
     profiler = cProfile.Profile()
     profiler.runcall(timed_training, text, config)
-    parts = {function: part for part, functions in PARTS.items() for function in functions}
-    spent = dict.fromkeys(PARTS, 0.0)
+    spent = dict.fromkeys(PARTS.values(), 0.0)
     for entry in profiler.getstats():
-        part = parts.get(getattr(entry.code, "co_qualname", ""))
+        part = PARTS.get(getattr(entry.code, "co_qualname", ""))
         if part is not None:
             spent[part] += entry.totaltime
     spent["batches"] -= spent["graph of all contexts"]  # made when the first batch is read
     return spent
+
+
+def profile(words: cw.Words, config: Config, runs: int = 7) -> dict[str, Any]:
+    """Where the time of the fastest of some trainings goes, under cProfile."""
+    text = "\n".join(words.words)
+    timed_training(text, replace(config, steps=3))
+    best = min((by_part(text, config) for _ in range(runs)), key=lambda part: sum(part.values()))
+    milliseconds = {name: 1000 * seconds for name, seconds in best.items()}
+    return {"config": config.summary(), "milliseconds": milliseconds, "runs": runs}
+
+
+def verdict(found: dict[str, Any]) -> str:
+    """The loss, and the time where the target is reached."""
+    text = f"val {found['val_mean']:.4f} ± {found['val_std']:.4f} over {len(found['seeds'])} seeds, "
+    text += f"target {found['target']}, p = {found['p_value']:.2g}: "
+    if not found["reached"]:
+        return text + "the target is missed, so there is no time"
+    wall, cpu = found["seconds"], found["cpu_seconds"]
+    text += f"{wall['median']:.3f} s ({wall['min']:.3f} to {wall['max']:.3f}), {cpu['median']:.3f} s of all cores"
+    return text + f"; the post's loop, estimated: {found['post_loop']['seconds_scaled_to_200000_steps']:.0f} s"
 
 
 def main() -> int:
@@ -197,15 +230,12 @@ def main() -> int:
     parser.add_argument("--recipe", help="of `convwave train` (default: the track's on this device)")
     parser.add_argument("--tier", default="auto", help="of `convwave train` (default: auto, the fastest there is)")
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--seeds", type=int, default=SEEDS, help=f"at least {SEEDS}")
     parser.add_argument("--profile", action="store_true", help="where the time goes, instead of the run")
     parser.add_argument("--out", type=Path, default=RESULTS)
     args = parser.parse_args()
     words = cw.load_words()
     if not words.is_names_txt:
         parser.error("needs the post's names.txt: 'convwave data fetch'")
-    if args.seeds < SEEDS:
-        parser.error(f"--seeds: expected at least {SEEDS}, got {args.seeds}")
     track = TRACKS[args.track]
     recipe = args.recipe or (track.cuda_recipe if args.device.startswith("cuda") else track.recipe)
     try:
@@ -216,33 +246,23 @@ def main() -> int:
         parser.error(f"--profile: expected tier cpu, got {config.tier}")
 
     fastest = available_tiers(config.model, config.recipe, config.device)[0]
-    options = {  # what differs from a plain run: in the name of the file and in the command
-        "device": None if args.device == "cpu" else args.device,
-        "recipe": args.recipe,
-        "tier": None if config.tier == fastest else config.tier,
+    given = {  # what differs from a plain run: in the command and in the name of the file
+        "track": args.track,
+        "device": "" if args.device == "cpu" else args.device,
+        "recipe": args.recipe or "",
+        "tier": "" if config.tier == fastest else config.tier,
     }
-    given = {option: value for option, value in options.items() if value is not None}
-    command = [f"python -m benchmarks.speedrun --track {args.track}", *["--profile"] * args.profile]
-    command += [f"--{option} {value}" for option, value in given.items()]
-    name = ["speedrun", *[args.track] * (args.track != "post"), *given.values(), *["profile"] * args.profile]
+    command = ["python -m benchmarks.speedrun", *["--profile"] * args.profile]
+    command += [f"--{option} {value}" for option, value in given.items() if value]
+    name = ["speedrun", *(v for v in given.values() if v not in ("", "post")), *["profile"] * args.profile]
     source = provenance(" ".join(command)) | {"device": device_name(config.device)}
-    found = profile(words, config) if args.profile else speedrun(words, args.track, config, args.seeds)
+    found = profile(words, config) if args.profile else speedrun(words, args.track, config)
     if not args.profile:
-        print(
-            f"val {found['val_mean']:.4f} ± {found['val_std']:.4f} over {args.seeds} seeds, target "
-            f"{found['target']}, p = {found['p_value']:.2g}",
-            file=sys.stderr,
-        )
+        stderr().print(verdict(found))
         if not found["reached"]:
-            print("benchmarks.speedrun: the target is missed, so there is no time", file=sys.stderr)
             return 1
-        rows = [("seconds", found["seconds"]), ("seconds of all cores", found["cpu_seconds"])]
-        shown = [[name, *(f"{values[key]:.3f}" for key in ("median", "min", "max"))] for name, values in rows]
-        shown.append(["the post's loop, estimated", f"{found['baseline']['estimated_seconds']:.0f}", "", ""])
-        title = f"{found['title']}: {source['device']}, tier {config.tier}"
-        stderr().print(table(title, ["", "median", "min", "max"], shown))
     report = {"provenance": source, **found}
-    save(report, args.out / f"{'-'.join(name)}.json")
+    write_json(args.out / f"{'-'.join(name)}.json", report)
     print(json.dumps(report))
     return 0
 

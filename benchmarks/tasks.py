@@ -1,6 +1,6 @@
 """Who is measured: the windowed MLP, the convolution over its three graphs, and what one would write with torch.nn.
 
-Two tasks, and within a task every competitor computes the same function:
+A task makes competitors by name: what runs, then after a comma how it runs. All of one task compute the same function:
 
 - *the network* over packed names: embedding, levels, head, cross-entropy. The windowed MLP is made of torch.nn's own
   modules, whose BatchNorm is one fused operator: a faster baseline than the post's own classes, which are here too.
@@ -14,7 +14,9 @@ from __future__ import annotations
 
 import functools
 import importlib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -22,18 +24,21 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import convwave as cw
-from benchmarks.harness import Competitor, Results, Unavailable, Work, why
+from benchmarks.harness import Results, Unavailable, Work, why
 
-MAX_AUTOTUNE = "max-autotune"  # of torch.compile
-Compile = str | bool  # False, True, or the mode
-REPLAYS = {MAX_AUTOTUNE: "replays CUDA graphs already"}
+MAX_AUTOTUNE = "max-autotune"
+REPLAYS = {MAX_AUTOTUNE: "replays CUDA graphs already", "graph built each step": "copies from the host in every run"}
+BUILD = {"windowed graph": cw.windowed_graph, "dense": cw.dense_graph, "distinct": cw.distinct_graph}
+Gradients = Callable[[], Iterable[Tensor]]
 
 
-def compiled(function: Callable[..., Any], how: Compile = True) -> Callable[..., Any]:
-    """`torch.compile` with static shapes, or the function itself; raises `Unavailable` without a compiler."""
-    if how and _compiler_is_missing():
+def compiled(function: Callable[..., Any], how: str = "compiled") -> Callable[..., Any]:
+    """What torch.compile makes of a function, if that is how it is to run; raises `Unavailable` without a compiler."""
+    if how not in ("compiled", MAX_AUTOTUNE):
+        return function
+    if _compiler_is_missing():
         raise Unavailable(f"torch.compile: {_compiler_is_missing()}")
-    return torch.compile(function, dynamic=False, mode=how if isinstance(how, str) else None) if how else function
+    return torch.compile(function, dynamic=False, mode=None if how == "compiled" else how)
 
 
 @functools.cache
@@ -48,7 +53,7 @@ def _compiler_is_missing() -> str:
 
 
 def need(backend: str) -> None:
-    """Raise Unavailable where a backend is not there."""
+    """Raise `Unavailable` where a backend is missing."""
     if backend not in cw.available_backends():
         raise Unavailable(f"backend {backend!r} is not available here")
 
@@ -60,28 +65,30 @@ def copied(model: cw.ConvWave, like: Tensor, training: bool, **changes: Any) -> 
     return found.to(like.device, like.dtype).train(training)
 
 
-def work_of(
+def inference(forward: Callable[[], Tensor], show: Callable[[Tensor], Results]) -> Work:
+    """Forward without gradients; `show` names the result."""
+    run = torch.no_grad()(forward)
+    return Work(run, lambda: show(run()))
+
+
+def training_step(
     forward: Callable[[], Tensor],
-    training: bool,
+    parameters: Iterable[Tensor],
     show: Callable[[Tensor], Results],
-    parameters: Iterable[Tensor] = (),
-    gradients: Callable[[], Results] = dict,
-    gradient: Tensor | None = None,
+    gradients: Gradients,
+    start: Tensor | None = None,
 ) -> Work:
-    """Forward without gradients, or forward and backward from `gradient`; `show` and `gradients` name the result."""
-    if not training:
-        inference = torch.no_grad()(forward)
-        return Work(inference, lambda: show(inference()))
+    """Forward, and backward from the gradient `start`; the result is what `show` names, and the gradients."""
     trained = list(parameters)
 
-    def step() -> Tensor:
+    def run() -> Tensor:
         for p in trained:
             p.grad = None
         out = forward()
-        out.backward(gradient)
+        out.backward(start)
         return out
 
-    return Work(step, lambda: {**show(step().detach()), **gradients()}, trained)
+    return Work(run, lambda: {**show(run().detach()), **numbered(gradients())}, trained)
 
 
 def grad(parameter: Tensor) -> Tensor:
@@ -89,12 +96,12 @@ def grad(parameter: Tensor) -> Tensor:
     return parameter.grad
 
 
-def by_level(gradients: Iterable[Tensor]) -> Results:
-    return {f"level {i}": gradient for i, gradient in enumerate(gradients)}
+def numbered(gradients: Iterable[Tensor]) -> Results:
+    return {f"gradient {i}": gradient for i, gradient in enumerate(gradients)}
 
 
 class Network:
-    """The task: a network, packed words, and the competitors that evaluate or train it.
+    """The task: a network over packed words.
 
     Args:
         packed: the words.
@@ -121,118 +128,86 @@ class Network:
         counts = torch.zeros(self.positions, dtype=torch.float64)
         counts[-last:] = 1
         graph = cw.dense_graph(self.packed, factors=self.model.factors, counts=counts)
-        exact = self._copy(model or self.model, torch.float64)
-        result = self._work(exact, graph.to(self.device)).result()
+        result = self._over(self._copy(model or self.model, torch.float64), graph.to(self.device)).result()
         return result if self.training else {"logits": result["logits"][-last:]}
 
-    def windowed(self, name: str = "windowed MLP", compile: Compile = False) -> Competitor:
-        """The windowed MLP of torch.nn's modules."""
+    def make(self, provider: str) -> Work:
+        """Of "windowed MLP", "the post's own classes", "padded Conv1d", "windowed graph", "dense" and "distinct".
 
-        def make(dtype: torch.dtype = torch.float32, compile: Compile = compile) -> Work:
-            mlp = cw.to_torch(self.model).to(self.device, dtype).train(self.training)
-            weights = [module.weight for module in mlp if isinstance(module, nn.Linear)]
-            return self._windows(compiled(mlp, compile), mlp.parameters(), weights, lambda g: g)
+        They may run "compiled", by "max-autotune", the convolution by "triton" or with its "graph built each step".
+        """
+        name, _, how = provider.partition(", ")
+        makers = {"windowed MLP": self._torch, "the post's own classes": self._post, "padded Conv1d": self._padded}
+        work = makers.get(name, partial(self._convolution, name))(how)
+        return replace(work, no_capture=REPLAYS.get(how, ""))
 
+    def _torch(self, how: str, dtype: torch.dtype = torch.float32) -> Work:
+        mlp = cw.to_torch(self.model).to(self.device, dtype).train(self.training)
+        weights = [module.weight for module in mlp if isinstance(module, nn.Embedding | nn.Linear)]
+        work = self._windows(compiled(mlp, how), mlp.parameters(), lambda: map(grad, weights))
         expected = None if self.windows == self.positions else self.expected(last=self.windows)
-        why_not = REPLAYS.get(str(compile), "")
-        exact = lambda: make(torch.float64, False).result()  # noqa: E731
-        return Competitor(name, make, exact=exact, positions=self.windows, expected=expected, no_capture=why_not)
+        exact = lambda: self._torch("", torch.float64).result()  # noqa: E731
+        return replace(work, exact=exact, positions=self.windows, expected=expected)
 
-    def reference(self) -> Competitor:
-        """The post's network as it stands, with its unbiased variance; checked against the same in float64."""
-        post = self._copy(self.model)
-        for block in post.layers:
+    def _post(self, how: str) -> Work:
+        """With the post's unbiased variance, which is another function."""
+        model = self._copy(self.model)
+        for block in model.layers:
             block.norm.unbiased = True
+        mlp = cw.to_windowed(model).to(self.device).train(self.training)
+        linear = [layer.weight for layer in mlp.layers if isinstance(layer, cw.reference.Linear)]
+        parameters = list(mlp.parameters())
+        work = self._windows(mlp, parameters, lambda: [grad(parameters[0]), *(grad(w).T for w in linear)])
+        return replace(work, expected=self.expected(model))
 
-        def make() -> Work:
-            mlp = cw.to_windowed(post).to(self.device).train(self.training)
-            weights = [layer.weight for layer in mlp.layers if isinstance(layer, cw.reference.Linear)]
-            return self._windows(mlp, mlp.parameters(), weights, lambda g: g.T)
-
-        return Competitor("the post's own classes", make, expected=self.expected(post))
-
-    def _windows(
-        self,
-        call: Callable[[Tensor], Tensor],
-        parameters: Iterable[Tensor],
-        weights: Sequence[Tensor],
-        layout: Callable[[Tensor], Tensor],
-    ) -> Work:
+    def _windows(self, call: Callable[[Tensor], Tensor], parameters: Iterable[Tensor], gradients: Gradients) -> Work:
         windows = cw.reference.build_windows(self.packed, self.model.context)
         inputs, targets = (t[-self.windows :].to(self.device) for t in windows)
-        trained = list(parameters)
+        loss = partial(F.cross_entropy, target=targets)
+        return self._work(lambda: call(inputs), loss, parameters, gradients, lambda out: out)
 
-        def gradients() -> Results:
-            *levels, head = (layout(grad(w)) for w in weights)
-            return {"embedding": grad(trained[0]), "head": head, **by_level(levels)}
+    def _convolution(self, kind: str, how: str) -> Work:
+        need("triton" if how == "triton" else "eager")
+        model = self._copy(self.model, backend="triton" if how == "triton" else "eager")
+        build = lambda: BUILD[kind](self.packed, factors=model.factors).to(self.device)  # noqa: E731
+        work = self._over(model, build(), how)
+        return replace(work, run=lambda: self._over(model, build()).run()) if how == "graph built each step" else work
 
-        return self._loss(lambda: call(inputs), lambda logits: F.cross_entropy(logits, targets), trained, gradients)
-
-    def _loss(
-        self,
-        logits: Callable[[], Tensor],
-        loss: Callable[[Tensor], Tensor],
-        parameters: Iterable[Tensor],
-        gradients: Callable[[], Results],
-        show: Callable[[Tensor], Tensor] = lambda out: out,
-    ) -> Work:
-        if not self.training:
-            return work_of(logits, False, lambda out: {"logits": show(out)})
-        return work_of(lambda: loss(logits()), True, lambda out: {"loss": out}, parameters, gradients)
-
-    def convolution(
-        self,
-        kind: str,
-        name: str | None = None,
-        *,
-        backend: str = "eager",
-        compile: Compile = False,
-        rebuilt: bool = False,
-    ) -> Competitor:
-        """The convolution over the graph of this kind: "windowed", "dense" or "distinct", or one built in every run."""
-
-        def make() -> Work:
-            need(backend)
-            model = self._copy(self.model, backend=backend)
-            work = self._work(model, self.graph(kind), compile)
-            return work._replace(run=lambda: self._work(model, self.graph(kind)).run()) if rebuilt else work
-
-        return Competitor(name or kind, make, no_capture="copies from the host in every run" * rebuilt)
-
-    def graph(self, kind: str) -> cw.Graph:
-        build = {"windowed": cw.windowed_graph, "dense": cw.dense_graph, "distinct": cw.distinct_graph}[kind]
-        return build(self.packed, factors=self.model.factors).to(self.device)
-
-    def padded_conv1d(self, name: str, compile: Compile = False) -> Competitor:
-        """nn.Conv1d over the rectangle of all names, filled up on the right."""
-
-        def make() -> Work:
-            if self.training:
-                raise Unavailable("another function: the filling would count in BatchNorm's statistics")
-            tokens, inside = (t.to(self.device) for t in rectangle(self.packed))
-            model = self._copy(self.model)
-            call = compiled(Conv1dStack(model), compile)
-
-            def forward() -> Tensor:
-                return model.head(call(model.embedding(tokens).transpose(1, 2)).transpose(1, 2))
-
-            return work_of(forward, False, lambda out: {"logits": out[inside]})
-
-        return Competitor(name, make)
-
-    def _copy(self, model: cw.ConvWave, dtype: torch.dtype = torch.float32, backend: str = "eager") -> cw.ConvWave:
-        return copied(model, torch.empty(0, dtype=dtype, device=self.device), self.training, backend=backend)
-
-    def _work(self, model: cw.ConvWave, graph: cw.Graph, compile: Compile = False) -> Work:
-        def gradients() -> Results:
+    def _over(self, model: cw.ConvWave, graph: cw.Graph, how: str = "") -> Work:
+        def gradients() -> Iterable[Tensor]:
             levels = (grad(block.conv.weight).transpose(1, 2).flatten(1) for block in model.layers)
-            return {"embedding": grad(model.embedding.weight), "head": grad(model.head.weight), **by_level(levels)}
+            return [grad(model.embedding.weight), *levels, grad(model.head.weight)]
 
         def show(out: Tensor) -> Tensor:
             return out if graph.inverse is None else out[graph.inverse]
 
-        call = compiled(lambda: model(graph), compile)
-        return self._loss(call, lambda logits: cw.loss(logits, graph), model.parameters(), gradients, show)
+        call = compiled(lambda: model(graph), how)
+        return self._work(call, lambda out: cw.loss(out, graph), model.parameters(), gradients, show)
+
+    def _padded(self, how: str) -> Work:
+        """nn.Conv1d over the rectangle of all names, filled up on the right."""
+        if self.training:
+            raise Unavailable("another function: the filling would count in BatchNorm's statistics")
+        tokens, inside = (t.to(self.device) for t in rectangle(self.packed))
+        model = self._copy(self.model)
+        call = compiled(Conv1dStack(model), how)
+        forward = lambda: model.head(call(model.embedding(tokens).transpose(1, 2)).transpose(1, 2))  # noqa: E731
+        return inference(forward, lambda out: {"logits": out[inside]})
+
+    def _work(
+        self,
+        logits: Callable[[], Tensor],
+        loss: Callable[[Tensor], Tensor],
+        parameters: Iterable[Tensor],
+        gradients: Gradients,
+        show: Callable[[Tensor], Tensor],
+    ) -> Work:
+        if not self.training:
+            return inference(logits, lambda out: {"logits": show(out)})
+        return training_step(lambda: loss(logits()), parameters, lambda out: {"loss": out}, gradients)
+
+    def _copy(self, model: cw.ConvWave, dtype: torch.dtype = torch.float32, backend: str = "eager") -> cw.ConvWave:
+        return copied(model, torch.empty(0, dtype=dtype, device=self.device), self.training, backend=backend)
 
 
 def rectangle(packed: cw.Packed) -> tuple[Tensor, Tensor]:
@@ -242,9 +217,6 @@ def rectangle(packed: cw.Packed) -> tuple[Tensor, Tensor]:
     tokens = torch.zeros(inside.shape, dtype=torch.int64)
     tokens[inside] = packed.tokens
     return tokens, inside
-
-
-# The stack over sequences of one length
 
 
 def repeat_left(h: Tensor, dilation: int, dim: int = 2) -> Tensor:
@@ -338,91 +310,75 @@ class Stack:
 
     def expected(self) -> Results:
         """The result in float64, from the same rounded inputs and weights."""
-        return self._convwave(torch.float64).result()
+        return self._convwave("eager", torch.float64).result()
 
     def model(self, dtype: torch.dtype, **changes: Any) -> cw.ConvWave:
         """The network in a dtype, its weights rounded to the task's dtype first."""
         return copied(self._model, self.x.to(dtype), self.training, **changes)
 
-    def matmul(self, name: str = "two shifted matmuls", compile: Compile = False) -> Competitor:
-        def make(dtype: torch.dtype = self.dtype, compile: Compile = compile) -> Work:
-            stack = ShiftedMatmulStack(self.model(dtype))
+    def make(self, provider: str) -> Work:
+        """Of "two shifted matmuls", "Conv1d + BatchNorm1d + tanh", "pytorch-tcn" and "convwave".
 
-            def gradients() -> list[Tensor]:
-                return [torch.stack([grad(a).T, grad(b).T], 2) for a, b in zip(stack.older, stack.newer, strict=True)]
+        They may run "compiled" or by "max-autotune", Conv1d by cudnn's "deterministic" algorithms, convwave by "eager",
+        "triton" or "triton, ieee".
+        """
+        name, _, how = provider.partition(", ")
+        makers = {"two shifted matmuls": self._matmul, "convwave": self._convwave, "pytorch-tcn": self._pytorch_tcn}
+        return replace(makers.get(name, self._conv1d)(how), dtype=self.dtype, no_capture=REPLAYS.get(how, ""))
 
-            return self._work(compiled(stack, compile), stack.parameters(), gradients, lambda h: h, dtype)
+    def _matmul(self, how: str, dtype: torch.dtype | None = None) -> Work:
+        stack = ShiftedMatmulStack(self.model(dtype or self.dtype))
 
-        exact = lambda: make(torch.float64, False).result()  # noqa: E731
-        return Competitor(name, make, self.dtype, exact=exact, no_capture=REPLAYS.get(str(compile), ""))
+        def gradients() -> list[Tensor]:
+            return [torch.stack([grad(a).T, grad(b).T], 2) for a, b in zip(stack.older, stack.newer, strict=True)]
 
-    def conv1d(
-        self, name: str = "Conv1d + BatchNorm1d + tanh", compile: Compile = False, deterministic: bool = False
-    ) -> Competitor:
-        """torch.nn's, with cudnn's deterministic algorithms if wanted."""
+        work = self._work(compiled(stack, how), stack, gradients, dtype or self.dtype)
+        return replace(work, exact=lambda: self._matmul("", torch.float64).result())
 
-        def make() -> Work:
-            work, cudnn = self._conv1d(Conv1dStack(self.model(self.dtype)), compile), torch.backends.cudnn
-
-            def run() -> None:
-                before, cudnn.deterministic = cudnn.deterministic, True
-                try:
-                    work.run()
-                finally:
-                    cudnn.deterministic = before
-
-            return work._replace(run=run) if deterministic else work
-
-        return Competitor(name, make, self.dtype, no_capture=REPLAYS.get(str(compile), ""))
-
-    def pytorch_tcn(self) -> Competitor:
-        """The causal convolution of the package pytorch-tcn, where it is installed; it pads by itself."""
-
-        def make() -> Work:
-            try:
-                module = importlib.import_module("pytorch_tcn")
-            except ImportError:
-                raise Unavailable("pytorch-tcn is not installed") from None
-            conv = functools.partial(module.TemporalConv1d, padding_mode="replicate")
-            return self._conv1d(Conv1dStack(self.model(self.dtype), conv, lambda h, dilation: h))
-
-        return Competitor("pytorch-tcn", make, self.dtype)
-
-    def _conv1d(self, stack: Conv1dStack, compile: Compile = False) -> Work:
+    def _conv1d(self, how: str, **other: Any) -> Work:
+        stack, cudnn = Conv1dStack(self.model(self.dtype), **other), torch.backends.cudnn
         weights = [p for p in stack.parameters() if p.dim() == 3]
-        call = compiled(stack, compile)
-        return self._work(call, stack.parameters(), lambda: map(grad, weights), lambda h: h.transpose(1, 2))
+        call = compiled(stack, how)
+        work = self._work(call, stack, lambda: map(grad, weights), self.dtype, lambda h: h.transpose(1, 2))
 
-    def convwave(self, name: str, backend: str = "eager", precision: str = "auto") -> Competitor:
-        """This library; `precision` of float32 products is the kernels', "auto" the same as everybody's."""
-        return Competitor(name, lambda: self._convwave(self.dtype, backend, precision), self.dtype)
+        def run() -> None:
+            before, cudnn.deterministic = cudnn.deterministic, True
+            try:
+                work.run()
+            finally:
+                cudnn.deterministic = before
 
-    def _convwave(self, dtype: torch.dtype, backend: str = "eager", precision: str = "auto") -> Work:
+        return replace(work, run=run) if how == "deterministic" else work
+
+    def _pytorch_tcn(self, how: str) -> Work:
+        """The causal convolution of the package pytorch-tcn, where it is installed; it pads by itself."""
+        try:
+            module = importlib.import_module("pytorch_tcn")
+        except ImportError:
+            raise Unavailable("pytorch-tcn is not installed") from None
+        return self._conv1d(how, conv=partial(module.TemporalConv1d, padding_mode="replicate"), pad=lambda h, _: h)
+
+    def _convwave(self, how: str, dtype: torch.dtype | None = None) -> Work:
+        """This library; the precision of float32 products is the kernels', "auto" the same as everybody's."""
+        backend, _, precision = how.partition(", ")
         need(backend)
-        model = self.model(dtype, backend=backend, precision=precision)
-
-        def call(h: Tensor) -> Tensor:
-            return model.features(h.view(self.positions, -1), self.graph).view(self.shape)
-
+        model = self.model(dtype or self.dtype, backend=backend, precision=precision or "auto")
+        call = lambda h: model.features(h.view(self.positions, -1), self.graph).view(self.shape)  # noqa: E731
         weights = [block.conv.weight for block in model.layers]
-        parameters = [p for block in model.layers for p in block.parameters()]
-        return self._work(call, parameters, lambda: map(grad, weights), lambda h: h, dtype)
+        return self._work(call, model, lambda: map(grad, weights), dtype or self.dtype)
 
     def _work(
         self,
         call: Callable[[Tensor], Tensor],
-        parameters: Iterable[Tensor],
-        gradients: Callable[[], Iterable[Tensor]],
-        layout: Callable[[Tensor], Tensor],  # to (B, T, C) and back
-        dtype: torch.dtype | None = None,
+        module: nn.Module,
+        gradients: Gradients,
+        dtype: torch.dtype,
+        layout: Callable[[Tensor], Tensor] = lambda h: h,  # from (B, T, C) and back
     ) -> Work:
-        x, gradient = (layout(t.to(dtype or self.dtype)).contiguous() for t in (self.x, self.gradient))
+        x, start = (layout(t.to(dtype)).contiguous() for t in (self.x, self.gradient))
         leaf = x.clone().requires_grad_(self.training)
-        return work_of(
-            lambda: call(leaf),
-            self.training,
-            lambda out: {"h": layout(out)},
-            [leaf, *parameters],
-            lambda: {"x": layout(grad(leaf)), **by_level(gradients())},
-            gradient,
-        )
+        forward, show = lambda: call(leaf), lambda out: {"h": layout(out)}
+        if not self.training:
+            return inference(forward, show)
+        with_x = lambda: [layout(grad(leaf)), *gradients()]  # noqa: E731
+        return training_step(forward, [leaf, *module.parameters()], show, with_x, start)

@@ -43,7 +43,7 @@ SECONDS = 20.0
 MOST = 2**30
 WORDS = ["anna", "berta", "carla", "dora", "emma", "frida", "gerda", "hanna"] * 20
 
-# everything that a number, a path or a word can be taken for
+# odd values for a number, a path or a word
 ODD = [
     "",
     "0",
@@ -102,11 +102,11 @@ JSON += [
 
 
 class Hang(BaseException):
-    """A case took too long; no Exception, so that nothing takes it for a refusal."""
+    """A case took too long. Not an Exception, so that no handler mistakes it for a refusal."""
 
 
 class Case:
-    """What became of one command or call."""
+    """The outcome of one command or call."""
 
     def __init__(self, run: Callable[[], int | None]) -> None:
         out, err = io.StringIO(), io.StringIO()
@@ -256,7 +256,7 @@ class Fuzz:
         return len(text).to_bytes(8, "little") + text + content[8 + length :]
 
     def _changed(self, value: Any) -> Any:
-        """JSON with another value, one less or one more in a place of it."""
+        """The JSON with one value changed, removed or added."""
         if isinstance(value, dict) and value and self.random.random() < 0.9:
             key = self.random.choice(sorted(value))
             fate = self.random.random()
@@ -273,7 +273,7 @@ class Fuzz:
     def _other_tensors(self, kind: str, how: str) -> bytes:
         """A file whose checksum is right and whose content is not."""
         text_format = {"model": MODEL_FORMAT, "state": STATE_FORMAT}[kind]
-        if how == "odd" and kind == "model":  # right in itself, of odd sizes
+        if how == "odd" and kind == "model":  # valid, of odd sizes
             vocabulary = cw.Vocabulary(["." if i == 0 else chr(96 + i) for i in range(27)])
             factors = [self.random.choice([2, 2, 3, 50]) for _ in range(self.random.choice([1, 2, 5, 20, 60]))]
             network = cw.ConvWave(27, 1, self.random.choice([1, 2]), factors=factors, vocabulary=vocabulary)
@@ -366,7 +366,7 @@ class Fuzz:
     # command lines
 
     def commands(self, count: int) -> None:
-        """One to three odd options behind a command that is right."""
+        """A valid command with one to three odd options."""
         for i in range(count):
             name = self.random.choices(list(_OPTIONS), [40, 1, 15, 25, 3, 16])[0]
             right = {
@@ -386,7 +386,7 @@ class Fuzz:
                 if option == "--set":
                     value = self.random.choice([value, f"{self.random.choice(_FIELDS)}={value}"])
                 if "steps" in option + value and ("=" in option + value or value == str(2**31 - 1)) and len(value) > 5:
-                    continue  # a long training that was asked for
+                    continue  # a long training, as asked for
                 arguments += [option, value] if option and self.random.random() < 0.9 else [option or value]
             self.note("command", shlex.join(arguments)[:300], command(*arguments), limited=False)
             shutil.rmtree(self.folder / f"out{i}", ignore_errors=True)
@@ -482,7 +482,7 @@ def main() -> int:
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
     folder = Path(tempfile.mkdtemp(prefix="convwave-fuzz-"))
-    os.chdir(folder)  # runs/ is made where one stands
+    os.chdir(folder)  # runs/ is made in the current folder
     fuzz = Fuzz(folder, args.seed)
     with limited():
         for name in ("checkpoints", "files", "commands"):

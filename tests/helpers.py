@@ -68,7 +68,7 @@ def windowed_pass(
 ) -> tuple[Tensor, Tensor, list[Tensor]]:
     """Logits of every position, loss and gradients of the windowed network.
 
-    Counts are carried out literally: a window that counts twice stands in the batch twice.
+    Counts are taken literally: a window that counts twice is in the batch twice.
     """
     windows = reference.build_windows(packed, mlp.block_size)
     repeats = torch.ones(len(packed), dtype=torch.int64) if counts is None else counts

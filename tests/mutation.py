@@ -1,4 +1,4 @@
-"""A suite that can fail: plausible faults planted one at a time, each of which the tests must catch.
+"""Plausible faults planted one at a time, each of which the tests must catch.
 
     python -m tests.mutation NAME ..   plant some faults, each in a process of its own, and print what sees them
     python -m tests.mutation --report  plant every fault, write tests/MUTANTS.md, also with what `convwave verify` sees

@@ -299,7 +299,7 @@ def test_refusals(trained: Path, few: Path, tmp_path: Path, capsys) -> None:
 
 
 def test_a_run_remembers_its_words(trained: Path, few: Path, tmp_path: Path, capsys) -> None:
-    """No --data: every command takes the run's own, says so where they are gone, and goes on with the default."""
+    """No --data: every command takes the run's own, says so where they are gone, and continues with the default."""
     run = tmp_path / "run"
     shutil.copytree(trained, run)
     data = tmp_path / "words.txt"
@@ -676,7 +676,7 @@ def test_what_needs_no_torch_imports_none(arguments: list[str]) -> None:
 
 
 def test_bench_is_a_child_process_of_the_checkout(tmp_path: Path, capfd, monkeypatch) -> None:
-    """What the checkout's benchmarks get and give back, whatever lies where the user stands."""
+    """What `convwave bench` passes on and returns, whatever is in the current folder."""
     package = tmp_path / "checkout/convwave/cli/main.py"
     benchmarks = tmp_path / "checkout/benchmarks"
     benchmarks.mkdir(parents=True)

@@ -104,7 +104,7 @@ def replace_unbiased(model: cw.ConvWave) -> cw.ConvWave:
 
 
 def test_gradients_are_those_of_the_windowed_network(packed: cw.Packed, vocab) -> None:
-    """Past autograd of our own graphs: the post's network, every window in the batch as often as it counts."""
+    """Without our own graphs: the post's network, every window in the batch as often as it counts."""
     model = network(len(vocab))
     mlp = cw.to_windowed(model)
     _, loss, gradients = windowed_pass(mlp, packed)

@@ -111,7 +111,7 @@ def test_the_order_of_words_does_not_matter(some_words: list[str], vocab: cw.Voc
 
 @pytest.mark.parametrize("make", GRAPHS)
 def test_float32_errs_no_more_than_the_windowed_network_does(make, packed: cw.Packed, vocab: cw.Vocabulary) -> None:
-    """DESIGN.md 5: at most four times the error of the reference in float32, both against float64."""
+    """At most four times the error of the reference in float32, both against float64."""
     exact = network(2, vocab_size=len(vocab)).train()
     single = network(2, vocab_size=len(vocab)).to(torch.float32).train()
     model = cw.from_windowed(single)

@@ -24,7 +24,7 @@ def test_losses_are_those_of_the_windowed_network_split_by_split(words: cw.Words
 
 
 def test_novel_names_of_the_post(names_txt: cw.Words) -> None:
-    """DESIGN.md 3: 13.2 % of the validation names also stand in the training split."""
+    """13.2 % of the validation names also stand in the training split."""
     splits = cw.split_words(names_txt.words)
     train = set(splits.train)
     seen = sum(word in train for word in splits.val)

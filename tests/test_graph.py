@@ -113,7 +113,7 @@ def test_selected_windows_are_the_drawn_ones(ids: list[list[int]], data) -> None
 
 
 def test_node_counts_of_names_txt(names_txt: cw.Words) -> None:
-    """DESIGN.md 1.3: 595 / 20,243 / 50,457 distinct contexts of 182,625 positions in the training split."""
+    """595 / 20,243 / 50,457 distinct contexts of 182,625 positions in the training split."""
     splits = cw.split_words(names_txt.words)
     packed = cw.pack(splits.train, cw.Vocabulary.from_words(names_txt.words))
     graph = cw.distinct_graph(packed)

@@ -294,7 +294,7 @@ def test_sequences_of_every_length(length: int) -> None:
     seed=st.integers(0, 2**31),
 )
 def test_random_graphs(rows: list[int], taps: int, width: int, seed: int) -> None:
-    """Rows that nobody reads, rows that all read, counts of 0."""
+    """Rows that no row reads, rows that every row reads, counts of 0."""
     random_graph(rows, taps, 4, width, seed)
 
 

@@ -33,7 +33,7 @@ def child(*arguments: str) -> str:
 
 def check(row: dict[str, Any]) -> None:
     where = {name: row[name] for name in ("target", "kernel", "C", "H", "precision", "variant")}
-    # ptxas may put two to four numbers to memory once, before a loop, to reach the next step of occupancy
+    # ptxas may spill two to four numbers once, before a loop, to reach the next step of occupancy
     assert row["spilled"] <= 16, where
     assert row["shared"] <= SHARED[row["target"]], where
     assert 0 < row["registers"] <= (512 if row["target"] == "gfx942" else 255), where

@@ -1,4 +1,4 @@
-"""Modules as citizens of torch.nn: torch's own inputs, state, tools and sizes."""
+"""Modules behave as torch.nn's do: torch's own inputs, state, tools and sizes."""
 
 from __future__ import annotations
 
@@ -173,7 +173,7 @@ class BatchNorm1d(reference.BatchNorm1d):
 
 
 class Notebook:
-    """A network of classes of one's own."""
+    """A network of the user's own classes."""
 
     def __init__(self, layers: list) -> None:
         self.layers = layers

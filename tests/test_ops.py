@@ -1,4 +1,4 @@
-"""The op boundary: the same function through every door, and errors that name the argument.
+"""The op boundary: the same function whichever way it is called, and errors that name the argument.
 
 The kernels run in triton's interpreter here (conftest.py), compiled where there is a CUDA device.
 """
@@ -143,7 +143,7 @@ def test_first_and_second_derivatives_by_finite_differences(graph: cw.Graph, tra
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_second_derivatives_in_float32_are_the_definitions(graph: cw.Graph, backend: str) -> None:
-    """A gradient penalty through the kernels too: the kernels' backward pass is not asked, the definition is."""
+    """A gradient penalty through the kernels too: its second pass is the definition's, not the kernels'."""
     results = []
     for dtype, chosen in ((torch.float64, None), (torch.float32, backend)):
         stack = [level._replace(weight=level.weight.to(dtype)) for level in levels(torch.float64, True)]
@@ -231,7 +231,7 @@ def test_a_training_step_and_evaluation_of_the_network(make: object, statistics:
         torch.testing.assert_close(ours.grad, theirs.grad, rtol=SINGLE, atol=SINGLE, msg=lambda m, n=name: f"{n}: {m}")
     for (name, ours), theirs in zip(fused.named_buffers(), plain.buffers(), strict=True):
         torch.testing.assert_close(ours, theirs, rtol=SINGLE, atol=SINGLE, msg=lambda m, n=name: f"{n}: {m}")
-    for differentiable in (True, False):  # gradients in evaluation mode take another road than inference
+    for differentiable in (True, False):  # gradients in evaluation mode take another path than inference
         with torch.set_grad_enabled(differentiable):
             torch.testing.assert_close(fused.eval()(graph), plain.eval()(graph), rtol=SINGLE, atol=SINGLE)
 

@@ -67,7 +67,7 @@ ROOMS = {
 
 
 def room(module: str) -> str | None:
-    """The room of a module of ours; None for the face of the whole library."""
+    """The room of a module of ours; None for the package itself."""
     parts = module.split(".")
     return None if parts == ["convwave"] else parts[1]
 

@@ -1,6 +1,6 @@
 """Widths, eps, momentum, kind of variance and mode that differ from level to level, in everything that reads them.
 
-Where all levels are alike, taking one level's value for another's is not seen. The expected values are written down
+Where all levels are alike, taking one level's value for another's goes unnoticed. The expected values are written down
 here in plain PyTorch, over windows, level after level.
 """
 

@@ -1,4 +1,4 @@
-"""What is kept of a run: seconds, the newest network, which split a name belongs to."""
+"""What a run keeps: seconds, the newest network, which split a name belongs to."""
 
 from __future__ import annotations
 

@@ -49,7 +49,7 @@ def test_the_bound_itself() -> None:
 
 
 def exact(logits: Tensor, temperature: float, top_k: int | None) -> Tensor:
-    """Probabilities of the next token, written down without the library."""
+    """Probabilities of the next token, computed without the library."""
     kept = logits.double().clone()
     if top_k is not None:
         kept[logits < logits.sort(descending=True).values[top_k - 1]] = -math.inf

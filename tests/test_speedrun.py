@@ -74,20 +74,19 @@ def test_what_a_run_writes(names_txt: cw.Words, tmp_path, capsys, monkeypatch) -
     assert report["reached"]
     assert report["seeds"] == list(range(20))
     assert len(report["losses"]["val"]) == len(report["all_seconds"]) == 20
-    assert report["baseline"]["what"].startswith("estimate: 20 of 3 steps")
+    assert (report["post_loop"]["steps_measured"], report["times_faster"] > 0) == (20, True)
     assert {"device", "versions", "commit", "command"} <= report["provenance"].keys()
 
 
-def test_too_few_seeds_and_unknown_tiers_are_refused(names_txt: cw.Words, capsys, monkeypatch) -> None:
-    for arguments, reason in ((["--seeds", "19"], "expected at least 20, got 19"), (["--tier", "warp"], "tier: ")):
-        monkeypatch.setattr(sys, "argv", ["speedrun", *arguments])
-        with pytest.raises(SystemExit, match="2"):
-            speedrun.main()
-        assert reason in capsys.readouterr().err
+def test_unknown_tiers_are_refused(names_txt: cw.Words, capsys, monkeypatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["speedrun", "--tier", "warp"])
+    with pytest.raises(SystemExit, match="2"):
+        speedrun.main()
+    assert "tier: " in capsys.readouterr().err
 
 
 def test_the_profile_finds_every_part_of_a_training(words: cw.Words) -> None:
     config = Config.make(recipe="sprint", steps=2, batch=64)
     spent = speedrun.by_part("\n".join(words.words[:400]), config)
-    assert spent.keys() == speedrun.PARTS.keys()
+    assert spent.keys() == set(speedrun.PARTS.values())
     assert all(seconds > 0 for seconds in spent.values()), spent

@@ -168,7 +168,7 @@ def test_the_blog_recipe_through_the_convolution_is_the_windowed_training(few: c
 
 
 def test_windowed_training_is_the_posts_loop(few: cw.Words) -> None:
-    """Against the loop written down once more: one generator for weights and draws, the rate cut after 3/4."""
+    """Against the loop, written out again: one generator for weights and draws, the rate cut after 3/4."""
     config = Config.make("mlp3", steps=40)
     result = train(config, few)
     vocab = cw.Vocabulary.from_words(few.words)

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import functools
 import importlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
 import convwave as cw
-from benchmarks.harness import Row, Settings
+from benchmarks.harness import Row, Settings, compare, numeric_flags
 
 MODES = {"train": True, "eval": False}
 RATE = "positions per second"
@@ -47,17 +47,45 @@ class Plan(Settings):
                 model.train()(cw.distinct_graph(self.names(200), levels))
         return model
 
+    def pick(self, quick: Any, cpu: Any, cuda: Any = None) -> Any:
+        """What fits: the first in a quick run, else the last on CUDA, where one is given."""
+        return quick if self.quick else cuda if self.cuda and cuda is not None else cpu
+
+    def step(
+        self,
+        point: tuple[str, str | None, float | str | None],
+        make: Callable[[], Any],
+        providers: Iterable[str],
+        baseline: str,
+        precision: str = "float32",
+        after: Callable[[Any, Row, list[Row]], list[Row]] = lambda task, point, rows: rows,
+    ) -> Step:
+        """The step that compares competitors of a task; those that this plan runs: nothing compiled when quick, what
+        needs a GPU on one alone. `after` makes the rows of the study from the task, the point and the measured rows.
+        """
+        absent = ["compiled", "max-autotune"] * self.quick
+        absent += [] if self.cuda else ["triton", "max-autotune", "deterministic"]
+
+        def measure(point: Row) -> list[Row]:
+            with numeric_flags(precision):
+                task = make()
+                chosen = (name for name in providers if not any(word in name for word in absent))
+                makers = [(name, functools.partial(task.make, name)) for name in chosen]
+                numbers = {"positions": task.positions, "baseline": baseline}
+                return after(task, point, compare(makers, task.expected(), point, self, **numbers))
+
+        return Step(point, measure)
+
 
 class Step(NamedTuple):
     """A part of a study: it is measured, then the file is written."""
 
     point: tuple[str, str | None, float | str | None]  # mode, name of x, x
-    measure: Callable[..., list[Row]]  # called with the arguments, then the point that this stands at
-    arguments: tuple[object, ...] = ()
+    measure: Callable[[Row], list[Row]]  # called with the point that this stands at
 
 
 class Picture(NamedTuple):
-    """A picture of a study: one metric of one mode, as lines over x or as bars, grouped by x."""
+    """A picture of a study: one metric of one mode, as lines over x or as bars, one picture for every x."""
 
     title: str
     metric: str
