@@ -1,15 +1,16 @@
 """Levels over sequences of one length on a CPU: shifted views instead of gathered rows, gradients in closed form.
 
-The same function as `naive.stack` over `dilated_taps`, and the formulas of `stack`, with less memory traffic:
+The same function as `naive.stack` over `dilated_taps`, by the formulas of `stack`, with less work:
 
-- what precedes a sequence is written in front of it once, so that a level is one convolution over a view;
-- products are oneDNN's where torch has it: on AVX-512 machines that are not Intel's, twice as fast as MKL's;
-- oneDNN's operators also apply scale, shift and tanh in one pass. Its tanh is off by at most 1.3 units in the last
-  place (every float32 was tried, tests/test_sequences.py), torch's by 0.52, which takes 4 times as long;
-- elementwise work goes tile by tile, so that intermediates are small and stay in the cache.
+- what the taps read is joined by copying shifted views; a level keeps its input and its deviations, nothing else;
+- products are oneDNN's where torch has it and where there is enough to multiply: on the AVX-512 machine that this was
+  measured on (AMD EPYC) it does twice as many a second as MKL;
+- tanh is oneDNN's, which applies scale and shift in the same pass, or a quotient of exponentials (`_tanh_`): 1.3 and
+  2.5 units in the last place away from the true value at most, torch.tanh 0.52 in four and two times as much time
+  (tests/test_sequences.py tries float32 numbers of every exponent);
+- elementwise work goes part by part, so that intermediates are small.
 
-Shapes: B sequences, T positions, N = B * T, C channels below, H channels, P parts of the activation, k taps, and
-p = (k - 1) * dilation rows in front of a sequence.
+Shapes: B sequences, T positions, N = B * T, C channels below, H channels, P parts of the activation, k taps.
 """
 
 from __future__ import annotations
