@@ -318,11 +318,10 @@ class _Stack(torch.autograd.Function):
             levels, rows = _unflatten(t, call.options)
             variables = [x, *t.weights, *t.gammas, *t.betas]
             needed = [ctx.needs_input_grad[0], *ctx.needs_input_grad[2:]]
-            dx, *gradients = _differentiable_backward(dh, variables, needed, levels, rows)
-            return (dx, None, *gradients, *(None,) * (n - 3 * L))
+            found = _differentiable_backward(dh, variables, needed, levels, rows)
+            return (found[0], None, *found[1:], *(None,) * (n - 3 * L))
         stats, zs, hs, read = kept[:L], kept[L : 2 * L], kept[2 * L : 3 * L - 1], kept[3 * L - 1 :]
         needs_dx = ctx.needs_input_grad[0]
-        dx: Tensor | None
         if call.op:
             dx, *lists = torch.ops.convwave.stack_backward(
                 dh, x, zs, stats, needs_dx, *t, *call.options, call.precision
@@ -465,7 +464,7 @@ def conv_sequences(
     return h.view(*x.shape[:-1], h.shape[1])
 
 
-def _check(levels: Sequence[Level], rows: Sequence[Rows] | Sequence[Shift], precision: str) -> None:
+def _check(levels: Sequence[Level], rows: Sequence[Rows | Shift], precision: str) -> None:
     """Raise ValueError where counts are known to be too few, or for an unknown precision."""
     if precision not in PRECISIONS:
         raise ValueError(f"precision: expected one of {', '.join(PRECISIONS)}, got {precision!r}")
