@@ -104,6 +104,19 @@ def _linear(x: Tensor, matrix: Tensor, shift: Tensor | None = None, activation: 
     return _tanh_(y.mul_(2)) if activation == "tanh" else y
 
 
+def _outer(a: Tensor, b: Tensor) -> Tensor:
+    """``a.T @ b`` of a (N, M) and b (N, K): to oneDNN the gradient of a convolution's matrix, with one tap.
+
+    Its products take up to twice as long, and so does MKL, which torch would call if there were no dilation.
+    """
+    if not _onednn(a, a.numel() * b.shape[1], _LEAST_PRODUCT):
+        return torch.mm(a.T, b)
+    (da, x), matrix = (t.T[None, :, None] for t in (a, b)), a.new_empty(a.shape[1], b.shape[1], 1, 1)
+    return torch.ops.aten.convolution_backward(
+        da, x, matrix, None, [1, 1], [0, 0], [1, 2], False, [0, 0], 1, [False, True, False]
+    )[1].flatten(1)
+
+
 def _tanh_(twice: Tensor) -> Tensor:
     """tanh of half of a tensor, in its place: e / (e + 2) with e = exp(2 y) - 1, where torch.tanh is slower.
 
@@ -130,16 +143,34 @@ def _joined(x: Tensor, shift: Shift) -> Tensor:
     return joined.view(B * T, k * C)
 
 
-def _unjoined(joined: Tensor, shift: Shift, shape: Sequence[int]) -> Tensor:
-    """(B, T, C) the gradient of x, of that of `_joined` (B * T, kC); a part of that memory."""
-    (B, T, C), k = shape, shift.kernel_size
-    *older, dx = joined.view(B, T, k, C).unbind(2)
-    for j, tap in enumerate(older):
-        back = min((k - 1 - j) * shift.dilation, T)
-        dx.narrow(1, 0, T - back).add_(tap.narrow(1, back, T - back))
-        if shift.padding == "replicate":
-            dx.select(1, 0).add_(tap.narrow(1, 0, back).sum(1))
-    return dx
+def _conv_backward(
+    dz: Tensor, x: Tensor, weight: Tensor, shift: Shift, needs_dx: bool, needs_dw: bool
+) -> tuple[Tensor | None, Tensor | None]:
+    """Gradients of `_conv` for dz (B, T, H) where they are needed: (B, T, C), (H, C, k).
+
+    Row t gets ``W_j.T @ dz[t + back_j]`` of every tap j: the gradients are joined once, and serve both products. What
+    the first row gets for the rows that repeat it comes on top.
+    """
+    (B, T, H), C, k = dz.shape, x.shape[2], shift.kernel_size
+    backs = [min((k - 1 - j) * shift.dilation, T) for j in range(k)]
+    joined = dz.new_empty(B, T, k, H)
+    for tap, back in zip(joined.unbind(2), backs, strict=True):
+        tap.narrow(1, 0, T - back).copy_(dz.narrow(1, back, T - back))
+        if back:
+            tap.narrow(1, T - back, back).zero_()
+    rows, dx, dweight = joined.view(B * T, k * H), None, None
+    if needs_dw:
+        dweight = _outer(rows, x.reshape(-1, C)).view(k, H, C).permute(1, 2, 0)
+    if needs_dx:
+        dx = _linear(rows, weight.permute(2, 0, 1).reshape(k * H, C).T).view(B, T, C)
+    for j, back in enumerate(backs if shift.padding == "replicate" else ()):
+        if back:
+            early = dz.narrow(1, 0, back).sum(1)  # (B, H)
+            if dweight is not None:
+                dweight.select(2, j).addmm_(early.T, x.select(1, 0))
+            if dx is not None:
+                dx.select(1, 0).addmm_(early, weight.select(2, j))
+    return dx, dweight
 
 
 def _matrix(weight: Tensor) -> Tensor:
@@ -168,21 +199,21 @@ def _parts(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
 def _activated(deviation: Tensor, scale: Tensor, level: Level, dtype: torch.dtype) -> Tensor:
     """(B, T, H) of deviations (B, T, P * H): scaled, shifted and activated."""
     B, T, width = deviation.shape
-    h = torch.empty(B, T, width // level.activation.parts, dtype=dtype)  # untouched where one part is all
     beta = wide(level.beta)
     fused = level.activation is TANH and _onednn(deviation, deviation.numel(), _LEAST_TANH)
+    if fused:  # every channel is convolved with one number, in an image of one line
+        image, kernel = deviation.unsqueeze(1).permute(0, 3, 1, 2), scale.view(-1, 1, 1, 1)
+        y = torch.ops.mkldnn._convolution_pointwise.default(
+            image, kernel, beta, [0, 0], [1, 1], [1, 1], width, "tanh", [], ""
+        )
+        return y.squeeze(2).transpose(1, 2).to(dtype).contiguous()
+    h = torch.empty(B, T, width // level.activation.parts, dtype=dtype)
     for part, out in _parts(deviation, h):
-        if fused:  # every channel is convolved with one number, in an image of one line
-            image, kernel = part.unsqueeze(1).permute(0, 3, 1, 2), scale.view(-1, 1, 1, 1)
-            y = torch.ops.mkldnn._convolution_pointwise.default(
-                image, kernel, beta, [0, 0], [1, 1], [1, 1], width, "tanh", [], ""
-            )
-            y = y.squeeze(2).transpose(1, 2)
-        elif level.activation is TANH:
+        if level.activation is TANH:
             y = _tanh_(torch.addcmul(beta * 2, part, scale * 2))
         else:
             y = level.activation.value(normalised(part, scale, beta))
-        if out is h and y.dtype == dtype and y.is_contiguous():
+        if out is h and y.dtype == dtype:
             return y
         out.copy_(y)
     return h
@@ -292,13 +323,11 @@ def backward(
             g.mul_(scale)
         h, dtype = below, dh.dtype
         del deviation, dh, y, da, a, below
-        rows, dweight = g.to(dtype).view(-1, g.shape[2]), None
+        dz = g.to(dtype)
         del g, dy
-        if wanted[i]:
-            dweight = _linear(rows.T, _joined(h, shift).T)
-            dweight = dweight.view(-1, shift.kernel_size, h.shape[2]).transpose(1, 2)
+        down, dweight = _conv_backward(dz, h, level.weight.to(dtype), shift, i > lowest, wanted[i])
         gradients = [dweight, dgamma, dbeta, *gradients]
-        if i == lowest:
+        if down is None:
             return None, [None] * (3 * i) + gradients
-        dh = _unjoined(_linear(rows, _matrix(level.weight.to(dtype)).T), shift, h.shape)
-    return dh.contiguous(), gradients
+        dh = down
+    return dh, gradients
