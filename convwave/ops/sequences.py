@@ -104,19 +104,6 @@ def _linear(x: Tensor, matrix: Tensor, shift: Tensor | None = None, activation: 
     return _tanh_(y.mul_(2)) if activation == "tanh" else y
 
 
-def _outer(a: Tensor, b: Tensor) -> Tensor:
-    """``a.T @ b`` of a (N, M) and b (N, K): to oneDNN the gradient of a convolution's matrix, with one tap.
-
-    Its products take up to twice as long, and so does MKL, which torch would call if there were no dilation.
-    """
-    if not _onednn(a, a.numel() * b.shape[1], _LEAST_PRODUCT):
-        return torch.mm(a.T, b)
-    (da, x), matrix = (t.T[None, :, None] for t in (a, b)), a.new_empty(a.shape[1], b.shape[1], 1, 1)
-    return torch.ops.aten.convolution_backward(
-        da, x, matrix, None, [1, 1], [0, 0], [1, 2], False, [0, 0], 1, [False, True, False]
-    )[1].flatten(1)
-
-
 def _tanh_(twice: Tensor) -> Tensor:
     """tanh of half of a tensor, in its place: e / (e + 2) with e = exp(2 y) - 1, where torch.tanh is slower.
 
@@ -160,7 +147,7 @@ def _conv_backward(
             tap.narrow(1, T - back, back).zero_()
     rows, dx, dweight = joined.view(B * T, k * H), None, None
     if needs_dw:
-        dweight = _outer(rows, x.reshape(-1, C)).view(k, H, C).permute(1, 2, 0)
+        dweight = _linear(rows.T, x.reshape(-1, C).T).view(k, H, C).permute(1, 2, 0)
     if needs_dx:
         dx = _linear(rows, weight.permute(2, 0, 1).reshape(k * H, C).T).view(B, T, C)
     for j, back in enumerate(backs if shift.padding == "replicate" else ()):
