@@ -42,7 +42,7 @@ _FIRST = {
     "convert": "nn convert",
     "nn": "nn ops per_level frozen",
     "ops.functional": "ops sequences",
-    "ops.library": "ops sequences",
+    "ops.library": "sequences ops",
     "ops.sequences": "sequences",
 }
 _SLOW = ["tiers_end_at_the_same_losses"]

@@ -316,3 +316,28 @@ def test_oneDNN_may_be_switched_off() -> None:
     with torch.backends.mkldnn.flags(enabled=False):
         found = library.conv_sequences(x, levels, shifts)
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_function_transforms() -> None:
+    """hessian, jvp, vmap and vjp over sequences give what the definition gives, in training mode."""
+    levels = [
+        level._replace(running_mean=None, running_var=None) for level in levels_of([3, 4], [2], torch.float64, [True])
+    ]
+    levels = [Level(*(t if t is None else t.detach() for t in level[:5]), *level[5:]) for level in levels]
+    shifts = [Shift(2, 2)]
+
+    def ours(x: Tensor) -> Tensor:
+        return library.conv_sequences(x, levels, shifts)
+
+    def plain(x: Tensor) -> Tensor:
+        return naive.stack(x.reshape(-1, 3), levels, [shifts[0].rows((2, 4), x.device)])[0].view(2, 4, 4)
+
+    x, v = inputs("contiguous", 2, 4, 3, torch.float64), torch.randn(2, 4, 3, dtype=torch.float64)
+    transforms = {
+        "hessian": lambda f: torch.func.hessian(lambda y: f(y).square().sum())(x),
+        "jvp": lambda f: torch.func.jvp(f, (x,), (v,))[1],
+        "vmap": lambda f: torch.func.vmap(f)(torch.stack([x, v])),
+        "vjp": lambda f: torch.func.vjp(f, x)[1](torch.ones(2, 4, 4, dtype=torch.float64))[0],
+    }
+    for name, transform in transforms.items():
+        torch.testing.assert_close(transform(ours), transform(plain), msg=lambda m, n=name: f"{n}: {m}")
