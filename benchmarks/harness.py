@@ -61,6 +61,7 @@ class Work:
     group: str = ""
     exact: Callable[[], Results] | None = None  # of a baseline: the same code in float64, to prove that it only rounds
     no_capture: str = ""  # why no CUDA graph is made of it; a capture that fails may spoil those after it
+    unseen: str = ""  # why its peak memory cannot be measured
 
 
 Competitor = tuple[str, Callable[[], Work]]  # its name in tables and files, and what builds it or raises `Unavailable`
@@ -373,7 +374,9 @@ def _rows(entry: _Entry, base: _Entry | None, point: Row, settings: Settings, me
         yield row("speedup", "x", **speedup(entry, base), note=f"over {base.provider}")
     if settings.cuda:
         yield row("kernel_seconds", "s", median=kernel_seconds(entry.work.run))
-    if memory:
+    if memory and entry.work.unseen:
+        yield point.absent(entry.provider, entry.work.unseen, "peak_bytes")
+    elif memory:
         peak = peak_bytes(entry.work, settings.device)
         yield row("peak_bytes", "B", median=peak)
         if entry.positions:

@@ -13,7 +13,6 @@ A task makes competitors by name: what runs, then after a comma how it runs. All
 from __future__ import annotations
 
 import functools
-import importlib
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 from functools import partial
@@ -24,6 +23,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import convwave as cw
+from benchmarks import peers
 from benchmarks.harness import Results, Unavailable, Work, why
 
 MAX_AUTOTUNE = "max-autotune"
@@ -310,20 +310,26 @@ class Stack:
 
     def expected(self) -> Results:
         """The result in float64, from the same rounded inputs and weights."""
-        return self._convwave("eager", torch.float64).result()
+        return self._convwave("eager, gathered", torch.float64).result()
 
     def model(self, dtype: torch.dtype, **changes: Any) -> cw.ConvWave:
         """The network in a dtype, its weights rounded to the task's dtype first."""
         return copied(self._model, self.x.to(dtype), self.training, **changes)
 
     def make(self, provider: str) -> Work:
-        """Of "two shifted matmuls", "Conv1d + BatchNorm1d + tanh", "pytorch-tcn" and "convwave".
+        """Of "two shifted matmuls", "Conv1d + BatchNorm1d + tanh", "pytorch-tcn", "JAX", "ONNX Runtime" and "convwave".
 
-        They may run "compiled" or by "max-autotune", Conv1d by cudnn's "deterministic" algorithms, convwave by "eager",
-        "triton" or "triton, ieee".
+        They may run "compiled" or by "max-autotune", Conv1d by cudnn's "deterministic" algorithms, convwave by "eager"
+        (over sequences), "eager, gathered" (over a graph), "triton" or "triton, ieee".
         """
         name, _, how = provider.partition(", ")
-        makers = {"two shifted matmuls": self._matmul, "convwave": self._convwave, "pytorch-tcn": self._pytorch_tcn}
+        makers = {
+            "two shifted matmuls": self._matmul,
+            "convwave": self._convwave,
+            "pytorch-tcn": self._pytorch_tcn,
+            "JAX": self._jax,
+            "ONNX Runtime": self._onnx,
+        }
         return replace(makers.get(name, self._conv1d)(how), dtype=self.dtype, no_capture=REPLAYS.get(how, ""))
 
     def _matmul(self, how: str, dtype: torch.dtype | None = None) -> Work:
@@ -350,20 +356,36 @@ class Stack:
 
         return replace(work, run=run) if how == "deterministic" else work
 
+    def _levels(self) -> list[list[Tensor]]:
+        blocks = self._model.layers
+        return [[b.conv.weight, *b.norm.parameters(), b.norm.running_mean, b.norm.running_var] for b in blocks]  # type: ignore[list-item]
+
+    def _jax(self, how: str) -> Work:
+        dilations, eps = [b.dilation for b in self._model.layers], self._model.layers[0].norm.eps
+        return peers.jax_stack(self.x, self.gradient, self._levels(), dilations, eps, self.training)
+
+    def _onnx(self, how: str) -> Work:
+        if self.training:
+            raise Unavailable("ONNX Runtime's package does not train")
+        dilations, eps = [b.dilation for b in self._model.layers], self._model.layers[0].norm.eps
+        return peers.onnx_stack(self.x, self._levels(), dilations, eps)
+
     def _pytorch_tcn(self, how: str) -> Work:
         """The causal convolution of the package pytorch-tcn, where it is installed; it pads by itself."""
-        try:
-            module = importlib.import_module("pytorch_tcn")
-        except ImportError:
-            raise Unavailable("pytorch-tcn is not installed") from None
+        module = peers.module_of("pytorch_tcn", "pytorch-tcn")
         return self._conv1d(how, conv=partial(module.TemporalConv1d, padding_mode="replicate"), pad=lambda h, _: h)
 
     def _convwave(self, how: str, dtype: torch.dtype | None = None) -> Work:
         """This library; the precision of float32 products is the kernels', "auto" the same as everybody's."""
         backend, _, precision = how.partition(", ")
         need(backend)
-        model = self.model(dtype or self.dtype, backend=backend, precision=precision or "auto")
+        precision = precision if backend == "triton" and precision else "auto"
+        model = self.model(dtype or self.dtype, backend=backend, precision=precision)
         call = lambda h: model.features(h.view(self.positions, -1), self.graph).view(self.shape)  # noqa: E731
+        if how == "eager":
+            call = cw.nn.ConvStack([self.shape[2]] * (model.levels + 1), backend=backend, unbiased=False)
+            call.blocks = model.blocks
+            call.train(self.training)
         weights = [block.conv.weight for block in model.layers]
         return self._work(call, model, lambda: map(grad, weights), dtype or self.dtype)
 

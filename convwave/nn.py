@@ -17,11 +17,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from convwave.data.graph import Graph, Padding, Rows
+from convwave.data.graph import Graph, Padding
 from convwave.data.packing import Vocabulary
 from convwave.files import CheckpointError, read_tensors, write_tensors
 from convwave.ops import functional, naive, stack
-from convwave.ops.functional import Layout
+from convwave.ops.functional import Layout, Reading
 from convwave.ops.level import Level, check_total, track
 from convwave.ops.library import PRECISIONS, choose_backend, conv_stack, runs_kernels
 
@@ -122,11 +122,11 @@ class CausalConv1d(nn.Module):
         """
         if h.ndim == 2 and self.layout == "BCT" and taps is None and cu_seqlens is None:
             return self(h[None])[0]
-        rows, row, shape = _arranged(self, h, taps, None, None, cu_seqlens)
+        reading = _reading(self, h, taps, None, None, cu_seqlens)
+        rows, row, _ = reading.rows(h, self.kernel_size)
         bias = None if self.bias is None else self.bias.to(h.dtype)
         zeros = taps is None and self.padding == "zeros"
-        out = stack.conv(rows, self.weight.to(h.dtype), row.taps, bias, zeros=zeros)
-        return functional.restore(out, h, shape, self.layout)
+        return reading.restore(stack.conv(rows, self.weight.to(h.dtype), row.taps, bias, zeros=zeros), h)
 
     def extra_repr(self) -> str:
         return (
@@ -179,13 +179,12 @@ class BatchNorm(_BatchNorm):
 
     def level(self, weight: Tensor) -> Level:
         """The level that a convolution's matrix (H, C, k) makes with this norm."""
-        like = weight.detach().new_ones(self.num_features)
         momentum = self.momentum
         if momentum is None:
             tracked = self.num_batches_tracked
             momentum = 1 / (1 + float(tracked)) if tracked is not None and self.training else 0.0
-        gamma = like if self.weight is None else self.weight
-        beta = torch.zeros_like(like) if self.bias is None else self.bias
+        gamma = weight.detach().new_ones(self.num_features) if self.weight is None else self.weight
+        beta = weight.detach().new_zeros(self.num_features) if self.bias is None else self.bias
         statistics = (self.running_mean, self.running_var) if self.track_running_stats else (None, None)
         return Level(weight, gamma, beta, *statistics, self.eps, momentum, self.training, self.unbiased)
 
@@ -320,48 +319,36 @@ class ConvBatchNormTanh(nn.Module):
         Returns:
             (N, H), (B, T, H) or (B, H, T).
         """
-        rows, row, shape = _arranged(self, h, taps, weights, total, cu_seqlens)
+        reading = _reading(self, h, taps, weights, total, cu_seqlens)
         if self.fused:
-            out = conv_stack(rows, [self.level()], [row], self.backend, self.precision)
+            out = reading.stack(h, [self.level()], [self.dilation], self.backend, self.precision)
             self.norm.count_batch()
-        elif isinstance(self.norm, BatchNorm):
-            out = self.norm(self.conv(rows, row.taps), row.counts, row.total).tanh()
-        else:
+            return out
+        if not isinstance(self.norm, BatchNorm):
             raise TypeError(
                 f"norm: expected a convwave.nn.BatchNorm, whose rows may carry counts, got {type(self.norm).__name__}"
             )
-        return functional.restore(out, h, shape, self.layout)
+        rows, row, _ = reading.rows(h, self.kernel_size)
+        return reading.restore(self.norm(self.conv(rows, row.taps), row.counts, row.total).tanh(), h)
 
     def extra_repr(self) -> str:
         return f"padding={self.padding!r}, layout={self.layout!r}, backend={self.backend!r}"
 
 
-def _arranged(
+def _reading(
     module: CausalConv1d | ConvBatchNormTanh,
     h: Tensor,
     taps: Tensor | None,
     counts: Tensor | None,
     total: float | None,
     cu_seqlens: Tensor | None,
-) -> tuple[Tensor, Rows, tuple[int, ...]]:
-    """What `functional.arrange` returns, of a module's options; arguments checked."""
-    dilation, padding = (1, "replicate") if taps is not None else (module.dilation, module.padding)
+) -> Reading:
+    """What a module's options and these arguments say, checked."""
+    options: tuple[int, Padding] = (1, "replicate") if taps is not None else (module.dilation, module.padding)
     conv = module.conv if isinstance(module, ConvBatchNormTanh) else module
-    shape = (conv.out_channels, conv.in_channels, conv.kernel_size)
-    functional.check_layer(
-        h, shape, taps, cu_seqlens, dilation=dilation, padding=cast(Padding, padding), layout=module.layout
-    )
-    return functional.arrange(
-        h,
-        conv.kernel_size,
-        taps=taps,
-        counts=counts,
-        total=total,
-        cu_seqlens=cu_seqlens,
-        dilation=dilation,
-        padding=cast(Padding, padding),
-        layout=module.layout,
-    )
+    reading = Reading(taps, counts, total, cu_seqlens, *options, module.layout)
+    reading.check(h, (conv.out_channels, conv.in_channels, conv.kernel_size))
+    return reading
 
 
 def _whole(name: str, value: int) -> int:
@@ -436,26 +423,17 @@ class ConvStack(nn.Module):
             weights: counts of the rows in the statistics of every level, (B, T) or (N,); None means 1 each.
         """
         blocks = [cast(ConvBatchNormTanh, block) for block in self.blocks]
-        # kernels read a row of zeros at the bottom only
-        together = all(block.fused and not _hooked(block) and block.padding == "replicate" for block in blocks)
-        if not together:
+        if not all(block.fused and not _hooked(block) for block in blocks):
             for block in blocks:
                 h = block(h, weights=weights, cu_seqlens=cu_seqlens)
             return h
-        rows, first, shape = _arranged(blocks[0], h, None, weights, None, cu_seqlens)
-        graph_rows = [first]
-        for block in blocks[1:]:
-            as_below = rows if h.ndim == 2 else rows.view(*shape, -1)
-            taps, consumers = functional.sequence_taps(
-                as_below, block.kernel_size, block.dilation, block.padding, cu_seqlens
-            )
-            # a view: torch.compile takes no tensor twice
-            counts = None if first.counts is None else first.counts.view_as(first.counts)
-            graph_rows.append(Rows(taps, counts, None, consumers))
-        out = conv_stack(rows, [b.level() for b in blocks], graph_rows, blocks[0].backend, blocks[0].precision)
+        first = blocks[0]
+        reading = _reading(first, h, None, weights, None, cu_seqlens)
+        levels, dilations = [block.level() for block in blocks], [block.dilation for block in blocks]
+        out = reading.stack(h, levels, dilations, first.backend, first.precision)
         for block in blocks:
             block.norm.count_batch()
-        return functional.restore(out, h, shape, blocks[0].layout)
+        return out
 
 
 class ConvWave(nn.Module):

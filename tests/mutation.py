@@ -39,8 +39,9 @@ PATIENCE = 3600  # seconds for a process that does not even compute
 _FILES = {
     "data.packing": "graph batches data evaluation frozen per_level equivalence",
     "data": "graph batches data frozen per_level equivalence distribution",
-    "ops.functional": "ops per_level nn equivalence",
-    "ops.library": "per_level nn ops evaluation equivalence closed_form",
+    "ops.functional": "ops sequences per_level nn equivalence",
+    "ops.library": "sequences per_level nn ops evaluation equivalence closed_form",
+    "ops.sequences": "sequences",
     "ops.loops": "fused",
     "ops.compiled": "fused",
     "ops.stack": "per_level equivalence kernels ops nn",
@@ -886,13 +887,11 @@ MUTANTS += [
     Mutant(
         "a row that counts nothing may matter",
         "ops.functional",
-        "if not traced and bool((counts > 0).all()):",
-        "if True:",
+        "not traced and bool((counts > 0).all())",
+        "True",
     ),
     Mutant("taps outside the rows are not seen", "ops.functional", "elif not bool(inside):", "elif False:"),
-    Mutant(
-        "counts of a wrong shape are taken", "ops.functional", "if tuple(counts.shape) != shape and", "if False and"
-    ),
+    Mutant("counts of a wrong shape are taken", "ops.functional", "if found not in (shape, (number,)):", "if False:"),
     Mutant("hooks are not seen", "nn", "return any(getattr(module, name) for name in hooks) or", "return False and"),
     Mutant(
         "a cumulative average counts one batch too many", "nn", "1 / (1 + float(tracked))", "1 / (2 + float(tracked))"
@@ -914,6 +913,120 @@ MUTANTS += [
     ),
     Mutant(
         "the norm by itself divides biased", "ops.naive", "(total - 1 if unbiased else total), total", "total, total"
+    ),
+    # sequences of one length
+    Mutant(
+        "sequences: taps in reverse",
+        "ops.sequences",
+        "joined = x.new_empty(B, T, k, C)\n    for j, tap in enumerate(joined.unbind(2)):",
+        "joined = x.new_empty(B, T, k, C)\n    for j, tap in enumerate(reversed(joined.unbind(2))):",
+    ),
+    Mutant(
+        "sequences: zeros precede what repeats",
+        "ops.sequences",
+        'before.copy_(x.narrow(1, 0, 1)) if shift.padding == "replicate" else before.zero_()',
+        "before.zero_()",
+    ),
+    Mutant(
+        "sequences: what precedes gives no gradient",
+        "ops.sequences",
+        'enumerate(backs if shift.padding == "replicate" else ())',
+        "enumerate(())",
+    ),
+    Mutant(
+        "sequences: zeros give a gradient",
+        "ops.sequences",
+        'enumerate(backs if shift.padding == "replicate" else ())',
+        "enumerate(backs)",
+    ),
+    Mutant(
+        "sequences: gradients from beyond the end",
+        "ops.sequences",
+        "tap.narrow(1, T - back, back).zero_()",
+        "tap.narrow(1, T - back, back).copy_(dz.narrow(1, 0, back))",
+    ),
+    Mutant(
+        "sequences: the first row's gradient from one row too few",
+        "ops.sequences",
+        "early = dz.narrow(1, 0, back).sum(1)",
+        "early = dz.narrow(1, 0, max(back - 1, 1)).sum(1)",
+    ),
+    Mutant(
+        "sequences: counts left out of the mean",
+        "ops.sequences",
+        "[(part * w).sum((0, 1)) for part, w in _parts(z, *counts)]",
+        "[part.sum((0, 1)) for part, w in _parts(z, *counts)]",
+    ),
+    Mutant(
+        "sequences: counts left out of the variance",
+        "ops.sequences",
+        "(squares.mul_(w[0]) if w else squares)",
+        "squares",
+    ),
+    Mutant(
+        "sequences: counts left out of the correction",
+        "ops.sequences",
+        "correction.mul_(w[0]) if w else",
+        "correction if w else",
+    ),
+    Mutant(
+        "sequences: the biased variance",
+        "ops.sequences",
+        "shift.total - 1 if level.unbiased else",
+        "shift.total if level.unbiased else",
+    ),
+    Mutant("sequences: the biased correction", "ops.sequences", "(1 if level.unbiased else 0)", "0"),
+    Mutant(
+        "sequences: no mean in the correction",
+        "ops.sequences",
+        "offset = (dbeta * scale).div_(-shift.total)",
+        "offset = torch.zeros_like(dbeta)",
+    ),
+    Mutant(
+        "sequences: no variance in the correction",
+        "ops.sequences",
+        "torch.addcmul(offset, y, slope)",
+        "offset.expand_as(y).clone()",
+    ),
+    Mutant(
+        "sequences: dgamma of the deviations", "ops.sequences", "_total(sums[1::2]).mul_(rstd)", "_total(sums[1::2])"
+    ),
+    Mutant(
+        "sequences: a frozen level is corrected",
+        "ops.sequences",
+        "        if level.of_rows:\n            assert shift",
+        "        if shift.total is not None:\n            assert shift",
+    ),
+    Mutant("sequences: the last part of sums alone", "ops.sequences", "torch.stack(list(sums)).sum(0)", "sums[-1]"),
+    Mutant(
+        "sequences: half of tanh's argument",
+        "ops.sequences",
+        "torch.addcmul(beta * 2, part, scale * 2)",
+        "torch.addcmul(beta, part, scale)",
+    ),
+    Mutant(
+        "sequences: tanh from a logistic, which cancels near 0",
+        "ops.sequences",
+        "e = twice.clamp_(max=40).expm1_()\n    return e.div_(e + 2)",
+        "return twice.sigmoid_().mul_(2).sub_(1)",
+    ),
+    Mutant(
+        "sequences: statistics that normalise may move",
+        "ops.library",
+        "_Sequences.apply(x, _frozen(levels), shifts",
+        "_Sequences.apply(x, levels, shifts",
+    ),
+    Mutant(
+        "sequences: torch.func goes through the closed form",
+        "ops.library",
+        "traced = torch.compiler.is_compiling() or _only_autograd_can(x, levels)\n    if backend",
+        "traced = torch.compiler.is_compiling()\n    if backend",
+    ),
+    Mutant(
+        "sequences: of unequal length taken for equal",
+        "ops.functional",
+        "even = x.numel() > 0 and bool((lengths == lengths[0]).all())",
+        "even = x.numel() > 0 and x.shape[0] % len(lengths) == 0",
     ),
 ]
 # what a run remembers, which network it keeps, files, sampling, refusals, devices, rows that count nothing

@@ -2,18 +2,152 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from convwave.data.graph import Consumers, Graph, Padding, Rows, dilated_consumers, dilated_taps
+from convwave.data.graph import Graph, Padding, Rows
 from convwave.ops import library
 from convwave.ops.level import Level
+from convwave.ops.sequences import Shift
 
 Layout = Literal["BTC", "BCT"]
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What the rows of a level read, and how often they count: arguments that all layers have, see `conv_bn_tanh`."""
+
+    taps: Tensor | None = None
+    counts: Tensor | None = None
+    total: float | None = None
+    cu_seqlens: Tensor | None = None
+    dilation: int = 1
+    padding: Padding = "replicate"
+    layout: Layout = "BTC"
+
+    def check(self, x: Tensor, weight: Sequence[int]) -> None:
+        """Raise ValueError for shapes and options that do not go together; `weight` is the shape of the matrix."""
+        if len(weight) != 3:
+            raise ValueError(f"weight: expected shape (H, C, k), got {tuple(weight)}")
+        _, C, k = weight
+        taps, cu_seqlens = self.taps, self.cu_seqlens
+        check_options(self.dilation, self.padding, self.layout)
+        if x.ndim not in (2, 3):
+            raise ValueError(f"x: expected (N, C), (B, T, C) or (B, C, T), got shape {tuple(x.shape)}")
+        if x.ndim == 2 and self.layout == "BCT" and taps is None and cu_seqlens is None:
+            raise ValueError(
+                f"x: expected (B, C, T), or rows (N, C) with taps or cu_seqlens, with layout='BCT', got {tuple(x.shape)}"
+            )
+        channels = x.shape[1] if x.ndim == 3 and self.layout == "BCT" else x.shape[-1]
+        if channels != C:
+            raise ValueError(
+                f"x: expected {C} channels, as many as weight has, got {channels} in shape {tuple(x.shape)}"
+            )
+        if x.ndim == 3 and (taps is not None or cu_seqlens is not None):
+            raise ValueError(
+                f"taps, cu_seqlens: expected None with x of shape {tuple(x.shape)}, they are for rows (N, C)"
+            )
+        if taps is not None and cu_seqlens is not None:
+            raise ValueError("cu_seqlens: expected None together with taps")
+        if taps is not None and (self.padding != "replicate" or self.dilation != 1):
+            raise ValueError(
+                "padding, dilation: must be left at their defaults when taps is given (taps already encode them)"
+            )
+        if cu_seqlens is not None and (cu_seqlens.ndim != 1 or cu_seqlens.numel() < 2):
+            raise ValueError(f"cu_seqlens: expected shape (B + 1,), B >= 1, got {tuple(cu_seqlens.shape)}")
+        if cu_seqlens is not None and not cu_seqlens.is_cuda and not torch.compiler.is_compiling():
+            begin, stop = cu_seqlens[[0, -1]].tolist()
+            if (begin, stop) != (0, x.shape[0]) or (cu_seqlens.diff() < 0).any():
+                raise ValueError(
+                    f"cu_seqlens: expected to rise from 0 to {x.shape[0]}, the rows of x, got {begin} .. {stop}"
+                )
+        if taps is not None and (taps.ndim != 2 or taps.shape[0] != k):
+            raise ValueError(f"taps: expected shape ({k}, N), one row per tap of weight, got {tuple(taps.shape)}")
+
+    def stack(
+        self, x: Tensor, levels: Sequence[Level], dilations: Sequence[int], backend: str, precision: str
+    ) -> Tensor:
+        """Levels over x, in the form that x has; `dilations` of each, where sequences are read."""
+        if self.taps is not None:
+            rows, row, _ = self.rows(x, levels[0].weight.shape[2])
+            return library.conv_stack(rows, levels, [row], backend, precision)
+        h, cu_seqlens = self._sequences(x)
+        shape = h.shape[:-1]
+        counts = self._counts(shape)
+        shifts = [
+            # a view of the counts: torch.compile takes no tensor twice
+            Shift(
+                level.weight.shape[2],
+                dilation,
+                self.padding,
+                None if counts is None else counts.view_as(counts),
+                self.total,
+                cu_seqlens,
+            )
+            for level, dilation in zip(levels, dilations, strict=True)
+        ]
+        if counts is not None and not _all_count(counts):
+            taps = shifts[0].rows(shape, x.device).taps
+            h = without_uncounted(h.reshape(-1, h.shape[-1]), taps, counts).view(h.shape)
+        h = library.conv_sequences(h, levels, shifts, backend, precision)
+        return self.restore(h, x)
+
+    def rows(self, x: Tensor, kernel_size: int) -> tuple[Tensor, Rows, tuple[int, ...]]:
+        """Rows or sequences as the rows of one level.
+
+        Returns:
+            (N', C) rows; what each output row reads and how often it counts; (N,) or (B, T), the shape of counts.
+        """
+        rows = x.transpose(1, 2) if x.ndim == 3 and self.layout == "BCT" else x
+        shape = tuple(rows.shape[:-1]) if self.taps is None else (self.taps.shape[1],)
+        counts = self._counts(shape)
+        if self.taps is None:
+            row = Shift(kernel_size, self.dilation, self.padding, counts, self.total, self.cu_seqlens).rows(
+                shape, x.device, library.runs_kernels(x) and torch.is_grad_enabled()
+            )
+        else:
+            row = Rows(self.taps, counts, self.total)
+            _check_taps(self.taps, x)
+        rows = rows.reshape(-1, rows.shape[-1])
+        return (rows if counts is None else without_uncounted(rows, row.taps, counts)), row, shape
+
+    def _sequences(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        """x as (B, T, C) where it holds sequences of one length; else (N, C), and where each begins."""
+        if x.ndim == 3:
+            return (x.transpose(1, 2) if self.layout == "BCT" else x), None
+        if self.cu_seqlens is None:
+            return x.unsqueeze(0), None
+        if x.is_cuda or torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+            return x, self.cu_seqlens
+        lengths = self.cu_seqlens.diff()
+        even = x.numel() > 0 and bool((lengths == lengths[0]).all())
+        return (x.unflatten(0, (len(lengths), -1)), None) if even else (x, self.cu_seqlens)
+
+    def _counts(self, shape: tuple[int, ...]) -> Tensor | None:
+        """(N,) counts of rows of this shape."""
+        if self.counts is None:
+            return None
+        found, number = tuple(self.counts.shape), math.prod(shape)
+        if found not in (shape, (number,)):
+            text = " or ".join(
+                f"({', '.join(map(str, s))}{',' * (len(s) == 1)})" for s in dict.fromkeys((shape, (number,)))
+            )
+            raise ValueError(f"counts: expected shape {text}, one number per output row, got {found}")
+        return self.counts.reshape(-1)
+
+    def restore(self, h: Tensor, x: Tensor) -> Tensor:
+        """Output rows (N, H), (B, T, H) or (1, N, H) in the form that the input x had."""
+        if x.ndim == 2:
+            return h.reshape(-1, h.shape[-1])
+        B, T = (x.shape[0], x.shape[2 if self.layout == "BCT" else 1])
+        h = h.view(B, T, h.shape[-1])
+        return h.transpose(1, 2) if self.layout == "BCT" else h
 
 
 def conv_bn_tanh(
@@ -68,87 +202,13 @@ def conv_bn_tanh(
         ValueError: incompatible shapes or options, or too few rows for a variance.
         RuntimeError: backend="triton" where it is not available.
     """
-    check_layer(x, weight.shape, taps, cu_seqlens, dilation=dilation, padding=padding, layout=layout)
+    reading = Reading(taps, counts, total, cu_seqlens, dilation, padding, layout)
+    reading.check(x, weight.shape)
     level = Level(
         weight, norm_weight, norm_bias, running_mean, running_var, eps, momentum, training=training, unbiased=unbiased
     )
     _check_level(level)
-    rows, row, shape = arrange(
-        x,
-        weight.shape[2],
-        taps=taps,
-        counts=counts,
-        total=total,
-        cu_seqlens=cu_seqlens,
-        dilation=dilation,
-        padding=padding,
-        layout=layout,
-    )
-    h = library.conv_stack(rows, [level], [row], library.choose_backend(backend), precision)
-    return restore(h, x, shape, layout)
-
-
-def arrange(
-    x: Tensor,
-    kernel_size: int,
-    *,
-    taps: Tensor | None = None,
-    counts: Tensor | None = None,
-    total: float | None = None,
-    cu_seqlens: Tensor | None = None,
-    dilation: int = 1,
-    padding: Padding = "replicate",
-    layout: Layout = "BTC",
-) -> tuple[Tensor, Rows, tuple[int, ...]]:
-    """Rows or sequences as the rows of one level; arguments as for `conv_bn_tanh`, of which they were checked.
-
-    Returns:
-        (N', C) rows; what each output row reads and how often it counts; (N,) or (B, T), the shape that counts have.
-    """
-    rows, consumers = x, None
-    shape: tuple[int, ...] = (x.shape[0],)
-    if x.ndim == 3:
-        rows = x.transpose(1, 2) if layout == "BCT" else x
-        shape = (rows.shape[0], rows.shape[1])
-        rows = rows.reshape(-1, rows.shape[2])
-    if taps is None:
-        as_rows = rows if x.ndim == 2 else rows.view(*shape, rows.shape[1])
-        taps, consumers = sequence_taps(as_rows, kernel_size, dilation, padding, cu_seqlens)
-    else:
-        shape = (taps.shape[1],)
-        _check_taps(taps, x)
-    if counts is not None:
-        if tuple(counts.shape) != shape and tuple(counts.shape) != (taps.shape[1],):
-            text = " or ".join(
-                f"({', '.join(map(str, s))}{',' * (len(s) == 1)})" for s in dict.fromkeys((shape, (taps.shape[1],)))
-            )
-            raise ValueError(f"counts: expected shape {text}, one number per output row, got {tuple(counts.shape)}")
-        counts = counts.reshape(-1)
-        rows = without_uncounted(rows, taps, counts)
-    return rows, Rows(taps, counts, total, consumers), shape
-
-
-def sequence_taps(
-    x: Tensor, kernel_size: int, dilation: int, padding: Padding, cu_seqlens: Tensor | None = None
-) -> tuple[Tensor, Consumers | None]:
-    """(k, N) the rows that each row of some sequences reads, and who reads each row where kernels will ask for it.
-
-    Args:
-        x: (B, T, C), or (N, C) rows of one sequence or of those that `cu_seqlens` marks.
-    """
-    first, end = _spans(tuple(x.shape[:-1]), cu_seqlens, x.device)
-    consumers = None
-    if library.runs_kernels(x) and torch.is_grad_enabled():
-        consumers = dilated_consumers(first, end, kernel_size, dilation, padding)
-    return dilated_taps(first, kernel_size, dilation, padding), consumers
-
-
-def restore(h: Tensor, x: Tensor, shape: tuple[int, ...], layout: Layout) -> Tensor:
-    """Output rows (N, H) in the form that the input x of `arrange` had; `shape` is what that returned."""
-    if x.ndim == 2:
-        return h
-    h = h.view(*shape, h.shape[1])
-    return h.transpose(1, 2) if layout == "BCT" else h
+    return reading.stack(x, [level], [dilation], library.choose_backend(backend), precision)
 
 
 def without_uncounted(x: Tensor, taps: Tensor, counts: Tensor) -> Tensor:
@@ -162,8 +222,7 @@ def without_uncounted(x: Tensor, taps: Tensor, counts: Tensor) -> Tensor:
         taps: (k, N) rows of x, -1 reads nothing.
         counts: (N,).
     """
-    traced = torch.compiler.is_compiling() or counts.device.type != "cpu" or torch._C._are_functorch_transforms_active()
-    if not traced and bool((counts > 0).all()):
+    if _all_count(counts):
         return x
     read = (counts > 0).expand(taps.shape[0], -1) & (taps >= 0)
     needed = torch.zeros(x.shape[0] + 1, dtype=torch.int8, device=x.device)
@@ -172,6 +231,12 @@ def without_uncounted(x: Tensor, taps: Tensor, counts: Tensor) -> Tensor:
     )
     most = torch.finfo(torch.float64 if x.dtype == torch.float64 else torch.float32).max ** 0.25
     return torch.where((needed[:-1] > 0)[:, None] | (x.abs() <= most).all(1, keepdim=True), x, 0)
+
+
+def _all_count(counts: Tensor) -> bool:
+    """Whether no count is 0, as far as that is known without waiting for a GPU or a trace."""
+    traced = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
+    return counts.device.type == "cpu" and not traced and bool((counts > 0).all())
 
 
 def _check_taps(taps: Tensor, x: Tensor) -> None:
@@ -209,65 +274,6 @@ def check_options(dilation: int, padding: str, layout: str) -> None:
         raise ValueError(f"padding: expected 'replicate' or 'zeros', got {padding!r}")
     if dilation < 1:
         raise ValueError(f"dilation: expected at least 1, got {dilation}")
-
-
-def check_layer(
-    x: Tensor,
-    weight: Sequence[int],
-    taps: Tensor | None,
-    cu_seqlens: Tensor | None,
-    *,
-    dilation: int,
-    padding: Padding,
-    layout: Layout,
-) -> None:
-    """Raise ValueError for shapes and options that do not go together; `weight` is the shape of the matrix."""
-    if len(weight) != 3:
-        raise ValueError(f"weight: expected shape (H, C, k), got {tuple(weight)}")
-    _, C, k = weight
-    check_options(dilation, padding, layout)
-    if x.ndim not in (2, 3):
-        raise ValueError(f"x: expected (N, C), (B, T, C) or (B, C, T), got shape {tuple(x.shape)}")
-    if x.ndim == 2 and layout == "BCT" and taps is None and cu_seqlens is None:
-        raise ValueError(
-            f"x: expected (B, C, T), or rows (N, C) with taps or cu_seqlens, with layout='BCT', got {tuple(x.shape)}"
-        )
-    channels = x.shape[1] if x.ndim == 3 and layout == "BCT" else x.shape[-1]
-    if channels != C:
-        raise ValueError(f"x: expected {C} channels, as many as weight has, got {channels} in shape {tuple(x.shape)}")
-    if x.ndim == 3 and (taps is not None or cu_seqlens is not None):
-        raise ValueError(f"taps, cu_seqlens: expected None with x of shape {tuple(x.shape)}, they are for rows (N, C)")
-    if taps is not None and cu_seqlens is not None:
-        raise ValueError("cu_seqlens: expected None together with taps")
-    if taps is not None and (padding != "replicate" or dilation != 1):
-        raise ValueError(
-            "padding, dilation: must be left at their defaults when taps is given (taps already encode them)"
-        )
-    if cu_seqlens is not None and (cu_seqlens.ndim != 1 or cu_seqlens.numel() < 2):
-        raise ValueError(f"cu_seqlens: expected shape (B + 1,), B >= 1, got {tuple(cu_seqlens.shape)}")
-    if cu_seqlens is not None and not cu_seqlens.is_cuda and not torch.compiler.is_compiling():
-        begin, stop = cu_seqlens[[0, -1]].tolist()
-        if (begin, stop) != (0, x.shape[0]) or (cu_seqlens.diff() < 0).any():
-            raise ValueError(
-                f"cu_seqlens: expected to rise from 0 to {x.shape[0]}, the rows of x, got {begin} .. {stop}"
-            )
-    if taps is not None and (taps.ndim != 2 or taps.shape[0] != k):
-        raise ValueError(f"taps: expected shape ({k}, N), one row per tap of weight, got {tuple(taps.shape)}")
-
-
-def _spans(shape: tuple[int, ...], cu_seqlens: Tensor | None, device: torch.device) -> tuple[Tensor, Tensor]:
-    """(N,), (N,) the row at which each row's sequence begins, and one past its last.
-
-    Args:
-        shape: (B, T), or (N,) for one sequence, or for those that `cu_seqlens` marks.
-    """
-    if cu_seqlens is not None:
-        bounds = torch.stack([cu_seqlens[:-1], cu_seqlens[1:]])
-        first, end = bounds.repeat_interleave(cu_seqlens.diff(), dim=1, output_size=shape[0])
-        return first, end
-    B, T = shape if len(shape) == 2 else (1, shape[0])
-    first = (torch.arange(B, device=device) * T).repeat_interleave(T, output_size=B * T)
-    return first, first + T
 
 
 def loss(logits: Tensor, graph: Graph) -> Tensor:

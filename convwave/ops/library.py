@@ -4,7 +4,7 @@
 
 - "triton": `torch.ops.convwave.stack_forward`, `stack_inference` and `stack_backward`, registered with shapes for
   tracing; they run the kernels on CUDA tensors of up to 32 bits, and `convwave.ops.stack` elsewhere;
-- "eager": `convwave.ops.stack` without an op in between;
+- "eager": `convwave.ops.stack` without an op in between, `convwave.ops.sequences` for sequences of one length on a CPU;
 - `convwave.ops.naive`, the definition, for all that only autograd can do: second derivatives, `torch.func`,
   forward-mode differentiation, and, on the eager backend, `torch.compile` and `torch.export`.
 
@@ -21,6 +21,7 @@ import math
 import os
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -28,10 +29,11 @@ from torch import Tensor
 
 from convwave.data.graph import Consumers, Rows
 from convwave.data.packing import Packed
-from convwave.ops import naive
+from convwave.ops import naive, sequences
 from convwave.ops import stack as twin
 from convwave.ops.fold import folded
 from convwave.ops.level import ACTIVATIONS, Level, Stats, check_total, track
+from convwave.ops.sequences import Shift
 
 BACKENDS = ("auto", "eager", "triton")
 PRECISIONS = ("auto", "ieee", "tf32x3", "tf32")
@@ -318,10 +320,13 @@ class _Stack(torch.autograd.Function):
             return nothing
         t, (h, *kept) = _grouped(call, saved[:n]), saved[n:]
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():  # a second derivative is to follow
-            return _differentiable_backward(ctx, dh, x, t, call)
+            levels, rows = _unflatten(t, call.options)
+            variables = [x, *t.weights, *t.gammas, *t.betas]
+            needed = [ctx.needs_input_grad[0], *ctx.needs_input_grad[2:]]
+            found = _differentiable_backward(dh, variables, needed, levels, rows)
+            return (found[0], None, *found[1:], *(None,) * (n - 3 * L))
         stats, zs, hs, read = kept[:L], kept[L : 2 * L], kept[2 * L : 3 * L - 1], kept[3 * L - 1 :]
         needs_dx = ctx.needs_input_grad[0]
-        dx: Tensor | None
         if call.op:
             dx, *lists = torch.ops.convwave.stack_backward(
                 dh, x, zs, stats, needs_dx, *t, *call.options, call.precision
@@ -335,16 +340,51 @@ class _Stack(torch.autograd.Function):
         return (dx if needs_dx else None, None, *gradients, *(None,) * (n - 3 * L))
 
 
-def _differentiable_backward(ctx: Any, dh: Tensor, x: Tensor, t: _Tensors, call: _Call) -> tuple[Tensor | None, ...]:
-    """The definition's gradients, which autograd can differentiate again."""
-    variables = [x, *t.weights, *t.gammas, *t.betas]
-    needed = [needs for i, needs in enumerate(ctx.needs_input_grad) if i != 1][: len(variables)]
-    levels, rows = _unflatten(t, call.options)
-    h, _ = naive.stack(x, levels, rows)
+def _differentiable_backward(
+    dh: Tensor, variables: Sequence[Tensor], needed: Sequence[bool], levels: Sequence[Level], rows: Sequence[Rows]
+) -> list[Tensor | None]:
+    """The definition's gradients of x and the parameters where they are needed; autograd can differentiate them."""
+    needed = needed[: len(variables)]
+    x = variables[0]
+    h, _ = naive.stack(x.reshape(-1, x.shape[-1]), levels, rows)
     wanted = [v for v, needs in zip(variables, needed, strict=True) if needs]
-    found = iter(torch.autograd.grad(h, wanted, dh, create_graph=True))
-    dx, *rest = [next(found) if needs else None for needs in needed]
-    return (dx, None, *rest, *(None,) * (sum(call.sizes) - len(rest)))
+    found = iter(torch.autograd.grad(h, wanted, dh.reshape(h.shape), create_graph=True))
+    return [next(found) if needs else None for needs in needed]
+
+
+class _Sequences(torch.autograd.Function):
+    """A stack over sequences (B, T, C); its parameters are weight, gamma and beta of level after level."""
+
+    @staticmethod
+    def forward(  # type: ignore[override]
+        ctx: Any, x: Tensor, levels: Sequence[Level], shifts: Sequence[Shift], *parameters: Tensor
+    ) -> Tensor:
+        h, kept = sequences.forward(x, levels, shifts)
+        ctx.save_for_backward(x, h, *parameters, *(tensor for level in kept for tensor in level))
+        ctx.levels, ctx.shifts = levels, shifts
+        return h
+
+    @staticmethod
+    def backward(ctx: Any, dh: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        L = len(ctx.levels)
+        x, h, *saved = ctx.saved_tensors
+        levels = [
+            level._replace(weight=weight, gamma=gamma, beta=beta)
+            for level, weight, gamma, beta in zip(ctx.levels, saved[::3], saved[1::3], saved[2::3], strict=False)
+        ]
+        needed = [ctx.needs_input_grad[0], *ctx.needs_input_grad[3:]]
+        if torch.is_grad_enabled():  # a second derivative is to follow
+            rows = [shift.rows(x.shape[:-1], x.device) for shift in ctx.shifts]
+            dx, *gradients = _differentiable_backward(dh, [x, *saved[: 3 * L]], needed, levels, rows)
+            return (dx, None, None, *gradients)
+        kept = [sequences.Kept(*saved[i : i + 4]) for i in range(3 * L, 7 * L, 4)]
+        parameters = saved[: 3 * L]
+        del saved, x
+        ctx.maybe_clear_saved_tensors()  # `kept` holds them now, level by level
+        lowest = -1 if needed[0] else needed[1:].index(True) // 3
+        dx, gradients = sequences.backward(dh, h, levels, kept, ctx.shifts, lowest, needed[1::3])
+        gradients = [d if d is None else d.to(p.dtype) for d, p in zip(gradients, parameters, strict=True)]
+        return (dx if needed[0] else None, None, None, *gradients)
 
 
 def _only_autograd_can(x: Tensor, levels: Sequence[Level]) -> bool:
@@ -377,13 +417,7 @@ def conv_stack(
         ValueError: too few rows for a variance (as far as totals are known without waiting for a GPU; NaN where not),
             or an unknown precision.
     """
-    if precision not in PRECISIONS:
-        raise ValueError(f"precision: expected one of {', '.join(PRECISIONS)}, got {precision!r}")
-    for level, row in zip(levels, rows, strict=True):
-        if level.of_rows:
-            total = _known_total(row)
-            if total is not None:
-                check_total(total, level.unbiased)
+    _check(levels, rows, precision)
     op = backend == "triton" and runs_kernels(x)
     if _only_autograd_can(x, levels) or (not op and torch.compiler.is_compiling()):
         h, taken = naive.stack(x, levels, rows)
@@ -391,10 +425,8 @@ def conv_stack(
             if stats is not None and level.training:
                 track(level, stats.mean.detach(), stats.var.detach(), stats.total)
         return h
-    parameters = [t for level in levels for t in (level.weight, level.gamma, level.beta)]
-    differentiable = torch.is_grad_enabled() and any(t.requires_grad for t in (x, *parameters))
     tensors, options = _flatten(levels, rows)
-    if not differentiable and not any(options.training):
+    if not _keeps(x, levels):
         if op:
             return torch.ops.convwave.stack_inference(x, *tensors, *options, precision)
         return twin.inference(x, levels, rows)
@@ -405,6 +437,64 @@ def conv_stack(
             s = Stats(*found.detach())
             track(level, s.mean, s.var, s.total if row.total is None else row.total)
     return h
+
+
+def conv_sequences(
+    x: Tensor, levels: Sequence[Level], shifts: Sequence[Shift], backend: str = "eager", precision: str = "auto"
+) -> Tensor:
+    """`conv_stack` over sequences.
+
+    Args:
+        x: (B, T, C) sequences of one length; (N, C) those that the shifts' `cu_seqlens` mark.
+        levels, shifts: from the bottom up.
+        backend, precision: see `conv_stack`.
+
+    Returns:
+        (B, T, H_L) or (N, H_L).
+    """
+    traced = torch.compiler.is_compiling() or _only_autograd_can(x, levels)
+    if backend == "eager" and x.device.type == "cpu" and x.ndim == 3 and x.numel() and not traced:
+        shifts = [replace(shift, total=_total_of(shift, x.shape[0] * x.shape[1])) for shift in shifts]
+        _check(levels, shifts, precision)
+        if not _keeps(x, levels):
+            return sequences.inference(x, levels, shifts)
+        return _Sequences.apply(x, _frozen(levels), shifts, *(t for level in levels for t in level[:3]))
+    if any(shift.padding == "zeros" for shift in shifts[1:]):  # rows read zeros at the bottom only
+        for level, shift in zip(levels, shifts, strict=True):
+            x = conv_sequences(x, [level], [shift], backend, precision)
+        return x
+    consumers = backend == "triton" and runs_kernels(x) and torch.is_grad_enabled()
+    rows = [shift.rows(x.shape[:-1], x.device, consumers) for shift in shifts]
+    h = conv_stack(x.reshape(-1, x.shape[-1]), levels, rows, backend, precision)
+    return h.view(*x.shape[:-1], h.shape[1])
+
+
+def _check(levels: Sequence[Level], rows: Sequence[Rows | Shift], precision: str) -> None:
+    """Raise ValueError where counts are known to be too few, or for an unknown precision."""
+    if precision not in PRECISIONS:
+        raise ValueError(f"precision: expected one of {', '.join(PRECISIONS)}, got {precision!r}")
+    for level, row in zip(levels, rows, strict=True):
+        if level.of_rows:
+            total = row.total if isinstance(row, Shift) else _known_total(row)
+            if total is not None:
+                check_total(total, level.unbiased)
+
+
+def _keeps(x: Tensor, levels: Sequence[Level]) -> bool:
+    """Whether anything is kept of a pass: for gradients, or for running statistics."""
+    variables = [x, *(t for level in levels for t in (level.weight, level.gamma, level.beta))]
+    differentiable = torch.is_grad_enabled() and any(t.requires_grad for t in variables)
+    return differentiable or any(level.of_rows for level in levels)
+
+
+def _frozen(levels: Sequence[Level]) -> list[Level]:
+    """Levels with copies of the running statistics that they normalise with: training moves the originals in place."""
+    return [
+        level
+        if level.of_rows
+        else level._replace(running_mean=level.running_mean.clone(), running_var=level.running_var.clone())  # type: ignore[union-attr]
+        for level in levels
+    ]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -500,9 +590,14 @@ def score_names(
 
 def _known_total(row: Rows) -> float | None:
     """The sum of a level's counts, None where finding it would wait for a GPU or a trace."""
+    traced = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
+    if row.total is None and row.counts is not None and (row.counts.is_cuda or traced):
+        return None
+    return _total_of(row, row.taps.shape[1])
+
+
+def _total_of(row: Rows | Shift, number: int) -> float:
+    """The sum of the counts of a number of rows."""
     if row.total is not None:
         return row.total
-    if row.counts is None:
-        return float(row.taps.shape[1])
-    traced = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
-    return None if row.counts.is_cuda or traced else float(row.counts.double().sum())
+    return float(number) if row.counts is None else float(row.counts.double().sum())
