@@ -42,7 +42,8 @@ class Reading:
             raise ValueError(f"x: expected (N, C), (B, T, C) or (B, C, T), got shape {tuple(x.shape)}")
         if x.ndim == 2 and self.layout == "BCT" and taps is None and cu_seqlens is None:
             raise ValueError(
-                f"x: expected (B, C, T), or rows (N, C) with taps or cu_seqlens, with layout='BCT', got {tuple(x.shape)}"
+                "x: expected (B, C, T), or rows (N, C) with taps or cu_seqlens, with layout='BCT', "
+                f"got {tuple(x.shape)}"
             )
         channels = x.shape[1] if x.ndim == 3 and self.layout == "BCT" else x.shape[-1]
         if channels != C:
