@@ -30,7 +30,7 @@ from torch import Tensor
 
 from convwave.data.graph import Rows, find_consumers
 
-from .configs import Launch, backward_launch, by_tap, interpreting, weight_launch
+from .configs import Launch, backward_launch, by_tap, has_wgmma, interpreting, weight_launch
 from .primitives import (
     ACTIVATIONS,
     CENTER,
@@ -187,7 +187,7 @@ def conv_backward_kernel(
     M,
     N,
     stride_x: tl.constexpr,
-    stride_h: tl.constexpr,  # of the matrices: 1 for matrix units, which want numbers that are summed side by side
+    stride_h: tl.constexpr,  # of the matrices: 1 where numbers that are summed lie side by side
     stride_c: tl.constexpr,
     C: tl.constexpr,
     H: tl.constexpr,
@@ -391,7 +391,8 @@ def conv_backward(
         )
     tiles = triton.cdiv(C, launch.columns)
     programs = launch.programs(triton.cdiv(M, launch.rows), tiles, device)
-    along_h = precision != "ieee" or x.dtype != torch.float32
+    # side by side for matrix units, but for bfloat16 and float16 elsewhere than on Hopper: some of it spills 24 bytes
+    along_h = has_wgmma(device) if x.dtype != torch.float32 else precision != "ieee"
     dx = torch.empty(M, C, dtype=x.dtype, device=device)
     below_sums = None
     if below is not None:
