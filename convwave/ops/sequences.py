@@ -194,7 +194,7 @@ def _activated(deviation: Tensor, scale: Tensor, level: Level, dtype: torch.dtyp
             image, kernel, beta, [0, 0], [1, 1], [1, 1], width, "tanh", [], ""
         )
         return y.squeeze(2).transpose(1, 2).to(dtype).contiguous()
-    h = torch.empty(B, T, width // level.activation.parts, dtype=dtype)
+    h = torch.empty(B, T, width // level.activation.parts, dtype=dtype, device=deviation.device)
     for part, out in _parts(deviation, h):
         if level.activation is TANH:
             y = _tanh_(torch.addcmul(beta * 2, part, scale * 2))
