@@ -54,6 +54,7 @@ _FILES = {
     "train.fused": "fused",
     "train.loop": "runs training",
     "train.config": "training cli",
+    "train.tiers": "training",
     "train.diagnostics": "metrics",
     "train": "frozen per_level training closed_form",
     "sweep": "sweep",
@@ -879,6 +880,12 @@ MUTANTS += [
         "train.fused",
         "if self.reader.reads_all and not contexts:",
         "if self.reader.reads_all:",
+    ),
+    Mutant(
+        "windows end with the statistics they began with",
+        "train.tiers",
+        '_BATCHES = ("names",',
+        '_BATCHES = ("windows", "names",',
     ),
     Mutant("fused: Adam's steps start anew", "train.fused", 'self._done = int(optimizer["steps"])', "self._done = 0"),
 ]

@@ -133,7 +133,7 @@ def _joined(x: Tensor, shift: Shift) -> Tensor:
 def _conv_backward(
     dz: Tensor, x: Tensor, weight: Tensor, shift: Shift, needs_dx: bool, needs_dw: bool
 ) -> tuple[Tensor | None, Tensor | None]:
-    """Gradients of `_conv` for dz (B, T, H) where they are needed: (B, T, C), (H, C, k).
+    """Gradients of the product of `_joined` rows for dz (B, T, H) where they are needed: (B, T, C), (H, C, k).
 
     Row t gets ``W_j.T @ dz[t + back_j]`` of every tap j: the gradients are joined once, and serve both products. What
     the first row gets for the rows that repeat it comes on top.
@@ -165,11 +165,6 @@ def _matrix(weight: Tensor) -> Tensor:
     return weight.transpose(1, 2).flatten(1)
 
 
-def _conv(x: Tensor, matrix: Tensor, shift: Shift, bias: Tensor | None = None, activation: str = "none") -> Tensor:
-    """(B, T, H) convolution of x (B, T, C) with a matrix (H, kC) and what `_linear` does besides."""
-    return _linear(_joined(x, shift), matrix, bias, activation).view(*x.shape[:2], -1)
-
-
 def _parts(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
     """Corresponding parts of (B, T, ..) tensors, of at most `_TILE` numbers each; the first is the widest."""
     B, T, width = tensors[0].shape
@@ -194,7 +189,7 @@ def _activated(deviation: Tensor, scale: Tensor, level: Level, dtype: torch.dtyp
             image, kernel, beta, [0, 0], [1, 1], [1, 1], width, "tanh", [], ""
         )
         return y.squeeze(2).transpose(1, 2).to(dtype).contiguous()
-    h = torch.empty(B, T, width // level.activation.parts, dtype=dtype)
+    h = torch.empty(B, T, width // level.activation.parts, dtype=dtype, device=deviation.device)
     for part, out in _parts(deviation, h):
         if level.activation is TANH:
             y = _tanh_(torch.addcmul(beta * 2, part, scale * 2))
@@ -248,7 +243,7 @@ def forward(x: Tensor, levels: Sequence[Level], shifts: Sequence[Shift]) -> tupl
     """
     kept, h = [], x
     for level, shift in zip(levels, shifts, strict=True):
-        deviation = wide(_conv(h, _matrix(level.weight.to(x.dtype)), shift))
+        deviation = wide(_linear(_joined(h, shift), _matrix(level.weight.to(x.dtype)))).view(*x.shape[:2], -1)
         kept.append(Kept(h, deviation, *_normalise(deviation, level, shift)))
         h = _activated(deviation, kept[-1].scale, level, x.dtype)
     return h, kept
@@ -258,12 +253,14 @@ def inference(x: Tensor, levels: Sequence[Level], shifts: Sequence[Shift]) -> Te
     """`naive.stack` over sequences x (B, T, C) in evaluation mode without gradients."""
     h = x
     for level, shift in zip(levels, shifts, strict=True):
+        h = _joined(h, shift)  # nothing else is held while it is multiplied
         weight, beta = folded(level)
-        matrix, beta = _matrix(weight.to(x.dtype)), beta.to(x.dtype)
+        weight, beta = _matrix(weight.to(x.dtype)), beta.to(x.dtype)
         if level.activation is TANH:
-            h = _conv(h, matrix, shift, beta, "tanh")
+            h = _linear(h, weight, beta, "tanh")
         else:
-            h = level.activation.value(wide(_conv(h, matrix, shift, beta))).to(x.dtype)
+            h = level.activation.value(wide(_linear(h, weight, beta))).to(x.dtype)
+        h = h.view(*x.shape[:2], -1)
     return h
 
 

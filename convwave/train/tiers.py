@@ -114,6 +114,9 @@ class Tier(NamedTuple):
         )
 
 
+# those whose running statistics are computed at the end; windows move them in every step
+_BATCHES = ("names", "contexts", "text")
+
 # the fastest first
 TIERS = {
     "cuda-graph": Tier("convwave.train.cuda_graph:GraphedRun", "cuda", ("convwave",), ("muon",), ("text",)),
@@ -122,11 +125,11 @@ TIERS = {
         "cpu",
         ("convwave",),
         ("muon",),
-        ("names", "contexts", "text"),
+        _BATCHES,
         ("numba", "scipy", "threadpoolctl"),
         "fast",
     ),
-    "cpu": Tier("convwave.train.closed_form:ClosedFormRun", "cpu", ("convwave",), ("muon",)),
+    "cpu": Tier("convwave.train.closed_form:ClosedFormRun", "cpu", ("convwave",), ("muon",), _BATCHES),
     "reference": Tier("convwave.train.autograd:begin"),
 }
 
