@@ -109,7 +109,7 @@ def train(words: Sequence[str], vocabulary: cw.Vocabulary, baseline: Baseline, s
     rise = max(baseline.warmup * baseline.steps, 1)
     schedules = [
         torch.optim.lr_scheduler.LambdaLR(
-            optimizer, lambda i: min((i + 1) / rise, (baseline.steps - i) / (baseline.steps - rise), 1)
+            optimizer, lambda i: min((i + 1) / rise, (baseline.steps - i) / max(baseline.steps - rise, 1), 1)
         )
         for optimizer in optimizers
     ]

@@ -354,7 +354,6 @@ def what_the_library_does(folder: Path) -> list:
 def test_another_default_device_changes_nothing_but_new_modules(tmp_path: Path) -> None:
     """A default device "meta" holds no numbers: whatever is made there by mistake shows."""
     expected = what_the_library_does(tmp_path / "cpu")
-    before = torch.get_default_device()
     torch.set_default_device("meta")
     try:
         results = what_the_library_does(tmp_path / "meta")
@@ -364,7 +363,7 @@ def test_another_default_device_changes_nothing_but_new_modules(tmp_path: Path) 
         assert made[0](graph.to("meta")).shape == (5, 5)
         assert {block.conv.weight.device.type for block in cw.load(tmp_path / "meta/m.safetensors").layers} == {"cpu"}
     finally:
-        torch.set_default_device(before)
+        torch.set_default_device(None)
     for ours, theirs in zip(results, expected, strict=True):
         assert torch.equal(ours, theirs)
 

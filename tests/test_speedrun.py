@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import convwave as cw
-from benchmarks import speedrun
+from benchmarks import baselines, speedrun
 from benchmarks.speedrun import TRACKS, timed_training
 from convwave.sweep.statistics import p_below
 from convwave.train import Config, train
@@ -52,10 +52,18 @@ def test_the_tracks_networks_are_admitted() -> None:
     assert TRACKS["post"].target == 2.0209
 
 
+def few_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of the baselines, with one seed."""
+    monkeypatch.setattr(speedrun, "BASELINE_SEEDS", 1)
+    few = {name: baseline._replace(steps=2) for name, baseline in baselines.BASELINES.items()}
+    monkeypatch.setattr(baselines, "BASELINES", few)
+
+
 def test_no_time_where_the_target_is_missed(names_txt: cw.Words, tmp_path, capsys, monkeypatch) -> None:
     make = Config.make
     monkeypatch.setattr(Config, "make", lambda *a, **kw: replace(make(*a, **kw), steps=1))
     monkeypatch.setattr(speedrun, "BLOG_STEPS", 1)
+    few_steps(monkeypatch)
     monkeypatch.setattr(sys, "argv", ["speedrun", "--out", str(tmp_path)])
     assert speedrun.main() == 1
     captured = capsys.readouterr()
@@ -68,6 +76,7 @@ def test_what_a_run_writes(names_txt: cw.Words, tmp_path, capsys, monkeypatch) -
     make = Config.make
     monkeypatch.setattr(Config, "make", lambda *a, **kw: replace(make(*a, **kw), steps=3))
     monkeypatch.setattr(speedrun, "BLOG_STEPS", 1)
+    few_steps(monkeypatch)
     monkeypatch.setitem(TRACKS, "post", TRACKS["post"]._replace(target=4.0))
     monkeypatch.setattr(sys, "argv", ["speedrun", "--out", str(tmp_path)])
     assert speedrun.main() == 0
@@ -78,6 +87,11 @@ def test_what_a_run_writes(names_txt: cw.Words, tmp_path, capsys, monkeypatch) -
     assert len(report["losses"]["val"]) == len(report["all_seconds"]) == 20
     assert (report["post_loop"]["steps_measured"], report["times_faster"] > 0) == (20, True)
     assert {"device", "versions", "commit", "command"} <= report["provenance"].keys()
+    assert report["baselines"].keys() == {*baselines.BASELINES, "kneser_ney"}
+    for found in report["baselines"].values():
+        ratio = found["cpu_seconds"]["median"] / report["cpu_seconds"]["median"]
+        assert found["times_our_cpu_time"] == pytest.approx(ratio)
+    assert report["baselines"]["kneser_ney"]["losses"]["val"][0] < 1.99
 
 
 @pytest.mark.skipif("fused" not in CPU_TIERS, reason="needs numba and SciPy: pip install 'convwave[fast]'")
