@@ -47,8 +47,8 @@ class Baseline(NamedTuple):
 
 
 BASELINES = {
-    "muon": Baseline("torch.nn on windows, Muon + AdamW", 500, 4096, 0.25, 0.05, 0.1),
-    "adamw": Baseline("torch.nn on windows, AdamW", 5000, 1024, 0.0, 0.02, 0.1),
+    "muon": Baseline("torch.nn on windows, Muon + AdamW", 350, 4096, 0.25, 0.05, 0.1),
+    "adamw": Baseline("torch.nn on windows, AdamW", 3500, 1024, 0.0, 0.02, 0.1),
     "contexts": Baseline(
         "torch.nn on windows, sprint's batches",
         SPRINT.steps,
