@@ -109,8 +109,8 @@ def assert_counts(rows: list[dict[str, Any]]) -> None:
 def test_the_readme_counts_as_the_committed_table_does() -> None:
     rows = json.loads(COMMITTED.read_text())["rows"]
     assert_counts(rows)
-    said = r"float32 wider than (\d+) channels except\s+with `tf32`, everything wider than (\d+), GPUs before Hopper"
-    found = re.search(said, (ROOT / "README.md").read_text(encoding="utf-8"))
+    said = r"float32 wider than (\d+) channels except with `tf32`, everything wider than (\d+), GPUs before Hopper"
+    found = re.search(said, " ".join((ROOT / "README.md").read_text(encoding="utf-8").split()))
     assert found is not None
     for row in rows:
         if row["kernel"] == "conv_backward":
@@ -128,7 +128,8 @@ def test_what_the_default_moves_is_counted_again(tmp_path: Path) -> None:
     assert_counts(rows)
     committed = {row_key(row): row for row in json.loads(COMMITTED.read_text())["rows"]}
     for row in rows:
-        assert [row[name] for name in TRAFFIC] == [committed[row_key(row)][name] for name in TRAFFIC]
+        if row["kernel"] in PRODUCTS:  # the others are the same in several precisions, and stand there once
+            assert [row[name] for name in TRAFFIC] == [committed[row_key(row)][name] for name in TRAFFIC]
         if row["kernel"] not in ("conv_weight", "score_names") and "order" not in row["variant"]:
             assert row["a_program"] <= 1.5 * row["once"], row
 
