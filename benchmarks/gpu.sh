@@ -70,6 +70,6 @@ for study in $studies; do
     --device "$device" --out "$out" --budget $((share * 8 / 10 + 1)) $OPTIONS \
     && echo "$name: done" || { echo "$name: wrong or cut short, see studies.txt" && failed=1; }
 done
-"$python" -m benchmarks --report --out "$out" >> "$out/studies.txt" 2>&1
+limited $((seconds * 10 / 100)) studies.txt "$python" -m benchmarks --report --out "$out"
 echo "written to $out"
 exit $failed
