@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import random
 import signal
+import threading
+from concurrent.futures import Future
 
 import pytest
 import torch
@@ -26,6 +28,7 @@ settings.register_profile("default", deadline=None)
 settings.register_profile("mutation", deadline=None, derandomize=True, max_examples=30)
 settings.load_profile("mutation" if os.environ.get("CONVWAVE_MUTATION") else "default")
 
+PLANTED: pytest.StashKey[Future[dict[str, object]]] = pytest.StashKey()  # how the tests took the planted faults
 GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device, there is none")
 
 
@@ -33,6 +36,24 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.get_closest_marker("gpu"):
             item.add_marker(GPU)
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """Plant the faults of `test_mutation` beside the other tests, which leave a core idle."""
+    chosen = any("outcomes" in getattr(item, "fixturenames", ()) for item in session.items)
+    if chosen and not session.config.option.collectonly:
+        from tests.mutation import run_all
+
+        future: Future[dict[str, object]] = Future()
+
+        def plant() -> None:
+            try:
+                future.set_result(dict(run_all()))
+            except BaseException as error:
+                future.set_exception(error)
+
+        session.config.stash[PLANTED] = future
+        threading.Thread(target=plant, daemon=True).start()
 
 
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # in the background of a shell; some tests interrupt themselves

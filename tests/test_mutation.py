@@ -6,6 +6,7 @@ import json
 
 import pytest
 
+from tests.conftest import PLANTED
 from tests.generate_mutants import candidates
 from tests.mutation import (
     CONTROL,
@@ -18,7 +19,6 @@ from tests.mutation import (
     Outcome,
     generated,
     published,
-    run_all,
     source_of,
 )
 
@@ -27,8 +27,9 @@ EVERYTHING = [*MUTANTS, *generated()]
 
 
 @pytest.fixture(scope="module")
-def outcomes() -> dict[str, Outcome]:
-    return run_all()
+def outcomes(request: pytest.FixtureRequest) -> dict[str, Outcome]:
+    """Of `run_all`, which conftest.py has begun."""
+    return request.config.stash[PLANTED].result()  # type: ignore[return-value]
 
 
 @pytest.mark.parametrize("mutant", EVERYTHING, ids=lambda mutant: mutant.name)
