@@ -256,6 +256,8 @@ def render(text: str) -> str:
     """The README with every block made anew from its template."""
     mutants = re.findall(r"Caught by the tests: (\d+ of \d+)", (README.parent / "tests/MUTANTS.md").read_text("utf-8"))
     values = {"read": read, "root": README.parent, "mutants": mutants[0], "devices": (found := devices(RESULTS))}
+    records = [json.loads(path.read_text("utf-8")) for path in sorted((RESULTS / "speedrun").glob("*.json"))]
+    values["history"] = [record for record in records if record["track"] == "post"]
     rows = [row for documents in found.values() for _, document in documents.values() for row in document["rows"]]
     values["measured_on_a_gpu"] = any(row["device"] != "cpu" for row in rows)
     made = JINJA.get_template("readme.md").render(values)

@@ -3,6 +3,7 @@
     python -m benchmarks.speedrun                    the post's network to the post's loss
     python -m benchmarks.speedrun --track open       any network of up to 100,000 parameters to the lecture's best loss
     python -m benchmarks.speedrun --tier reference   by another tier than the machine's fastest
+    python -m benchmarks.speedrun --record "IDEA"    keep it in the history, results/speedrun/
     python -m benchmarks.speedrun --profile          where the time of tier cpu goes
 
 Rules. Data: the post's names.txt in the post's split. Target: the mean validation loss over 20 seeds lies at
@@ -320,6 +321,7 @@ def main() -> int:
     parser.add_argument("--recipe", help="of `convwave train` (default: the track's on this device)")
     parser.add_argument("--tier", default="auto", help="of `convwave train` (default: auto, the fastest there is)")
     parser.add_argument("--device", default="cpu")
+    parser.add_argument("--record", metavar="IDEA", help="keep the run in the history too, with what is new in it")
     parser.add_argument("--profile", action="store_true", help="where the time goes, instead of the run")
     parser.add_argument("--out", type=Path, default=RESULTS)
     args = parser.parse_args()
@@ -355,6 +357,10 @@ def main() -> int:
             return 1
     report = {"provenance": source, **found}
     write_json(args.out / f"{'-'.join(name)}.json", report)
+    if args.record:
+        write_json(
+            args.out / f"speedrun/{'-'.join([source['date'][:10], *name[1:]])}.json", {"idea": args.record} | report
+        )
     print(json.dumps(report))
     return 0
 

@@ -78,9 +78,12 @@ def test_what_a_run_writes(names_txt: cw.Words, tmp_path, capsys, monkeypatch) -
     monkeypatch.setattr(speedrun, "BLOG_STEPS", 1)
     few_steps(monkeypatch)
     monkeypatch.setitem(TRACKS, "post", TRACKS["post"]._replace(target=4.0))
-    monkeypatch.setattr(sys, "argv", ["speedrun", "--out", str(tmp_path)])
+    monkeypatch.setattr(sys, "argv", ["speedrun", "--out", str(tmp_path), "--record", "few steps"])
     assert speedrun.main() == 0
     report = json.loads((tmp_path / "speedrun.json").read_text())
+    (kept,) = (tmp_path / "speedrun").glob("*.json")
+    assert kept.stem == report["provenance"]["date"][:10]
+    assert json.loads(kept.read_text()) == {"idea": "few steps"} | report
     assert report == json.loads(capsys.readouterr().out)
     assert report["reached"]
     assert report["seeds"] == list(range(20))
