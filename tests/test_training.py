@@ -618,6 +618,7 @@ def test_a_recipe_in_a_file(tmp_path: Path) -> None:
         ('base = "fast"\nsteps = 2.5', "mine.toml: steps: expected a whole number, got 2.5"),
         ("colour = 1", "mine.toml: colour: expected a field of a recipe"),
         ("= 1", "mine.toml: Invalid"),
+        (f"lr = {'[' * 100_000}", "mine.toml: maximum recursion depth"),
     ]:
         path.write_text(content)
         with pytest.raises(ValueError, match=reason) as caught:

@@ -160,7 +160,10 @@ def read_recipe(path: str | os.PathLike[str]) -> Recipe:
         return Recipe(**values)
     except OSError as error:
         raise ValueError(f"{path}: {error.strerror}") from None
-    except ValueError as error:  # tomllib's and UnicodeDecodeError are of this kind
+    except (
+        ValueError,
+        RecursionError,
+    ) as error:  # nested too deep; tomllib's is a ValueError
         raise ValueError(f"{path}: {error}") from None
 
 
