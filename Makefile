@@ -22,11 +22,11 @@ test: $(READY)
 	$(BIN)/python -m pytest
 
 # Kernel tests as compiled for sm_80 and sm_90, executed without a GPU, then faults planted in the compiled code
-# (ten minutes on two cores; compiled kernels are kept in .ptx_cache). Into benchmarks/results/ptx.json.
+# (not timed as a whole; compiled kernels are kept in .ptx_cache). Into benchmarks/results/ptx.json.
 ptx: $(READY)
 	$(BIN)/python -m tests.ptx
 
-# 10,000 damaged checkpoints, 4,000 texts and 1,000 command lines: each is used or refused in one line (five minutes).
+# 10,000 damaged checkpoints, 4,000 texts and 1,000 command lines: each is used or refused in one line (two minutes).
 fuzz: $(READY)
 	$(BIN)/python -m tests.fuzz
 

@@ -1,7 +1,8 @@
 """What a competent user gets without this library: torch.nn on windows with good optimisers, and counts alone.
 
 The networks are the post's in torch's own modules, evaluated window by window. `BASELINES` says how they are trained.
-"contexts" reads recipe `sprint`'s batches (our sampler), so what is left between it and `sprint` is the convolution.
+"contexts" reads recipe `sprint`'s batches (our sampler); what is left between it and `sprint` is the convolution, the
+tier that computes it, and statistics that weigh their rows.
 `kneser_ney` trains nothing: it counts.
 """
 

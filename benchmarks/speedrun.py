@@ -4,7 +4,7 @@
     python -m benchmarks.speedrun --track open       any network of up to 100,000 parameters to the lecture's best loss
     python -m benchmarks.speedrun --tier reference   by another tier than the machine's fastest
     python -m benchmarks.speedrun --record "IDEA"    keep it in the history, results/speedrun/
-    python -m benchmarks.speedrun --profile          where the time of tier cpu goes
+    python -m benchmarks.speedrun --profile          where the time of a training goes
 
 Rules. Data: the post's names.txt in the post's split. Target: the mean validation loss over 20 seeds lies at
 or below the track's, and a one-sided t-test rejects with p < 0.01 that the true mean lies above. Timed: everything from
@@ -154,7 +154,7 @@ def prepare(words: cw.Words, factors: tuple[int, ...] = (2, 2, 2)) -> cw.Evaluat
 def over_seeds(
     words: cw.Words, config: Config, seeds: int, loop: PostLoop | None = None, rivals: Baselines | None = None
 ) -> dict[str, Any]:
-    """Losses and times of a recipe over seeds 0, 1, ..; with a piece of the others before every training."""
+    """Losses and times of a recipe over seeds 0, 1, ..; loop and rivals have their turns between the trainings."""
     text, evaluation = "\n".join(words.words), prepare(words, config.factors)
     timed_training(text, replace(config, steps=3))  # warm-up
     runs, losses = [], []

@@ -1,15 +1,16 @@
-"""Comparing a convolution with a windowed network."""
+"""Comparing a convolution with a windowed network; what the command says to bad arguments."""
 
 from __future__ import annotations
 
 from typing import TypeVar
 
+import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 import convwave as cw
-from convwave import reference
+from convwave import cli, reference
 from convwave.train.tiers import available_tiers
 from convwave.verify.compare import CONTRACT as RELATIVE
 from convwave.verify.compare import per_position as per_position
@@ -95,3 +96,15 @@ def as_reference_gradients(model: cw.ConvWave) -> list[Tensor]:
         result.append(grad(block.conv.weight).permute(2, 1, 0).flatten(0, 1))
         result += [grad(block.norm.weight), grad(block.norm.bias)]
     return [*result, grad(model.head.weight).T, grad(model.head.bias)]
+
+
+def refusal(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
+    """The one line with which the command refuses arguments, with exit status 2 and nothing on standard output."""
+    try:
+        status = cli.main(arguments)
+    except SystemExit as error:
+        status = int(str(error.code))
+    output = capsys.readouterr()
+    assert (status, output.out) == (2, "")
+    assert output.err.count("\n") == 1
+    return output.err

@@ -37,6 +37,7 @@ pytest.importorskip("scipy", reason="needs the extra 'sweep'")
 from convwave.sweep import report as reports
 from convwave.sweep import statistics as stats
 from convwave.sweep.study import JOURNAL, RESULTS, Prepared, Row, Training, Worker, open_storage, open_study, rows_of
+from tests.helpers import refusal
 
 
 @pytest.fixture(scope="module")
@@ -152,14 +153,7 @@ def test_what_cannot_be_swept_is_one_line(text: str, reason: str, tmp_path: Path
     ],
 )
 def test_refusals(arguments: list[str], reason: str, capsys) -> None:
-    try:
-        status = cli.main(arguments)
-    except SystemExit as error:
-        status = int(str(error.code))
-    output = capsys.readouterr()
-    assert (status, output.out) == (2, "")
-    assert reason in output.err
-    assert output.err.count("\n") == 1
+    assert reason in refusal(arguments, capsys)
 
 
 def test_a_grid_is_every_combination_once_for_every_seed() -> None:

@@ -525,7 +525,7 @@ def _unique(keys: Tensor, span: int) -> tuple[Tensor, Tensor]:
 
 
 def _read(below: Tensor, first: Tensor, back: int, rows: slice | Tensor) -> Tensor:
-    """What the tap so many rows back reads in some rows: numbers of the level below."""
+    """The rows of the level below that some positions read through the tap `back` positions behind them."""
     index = torch.arange(rows.start, rows.stop, device=below.device) if isinstance(rows, slice) else rows
     return below.index_select(0, torch.maximum(index - back, first[rows]))
 

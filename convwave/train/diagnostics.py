@@ -1,8 +1,9 @@
 """Diagnostics of a training under way, as the lecture series teaches them: activations, gradients, updates.
 
-A look costs half a step to one and a half, and nine of the post's steps of 32 windows (CPU time on one core of an AMD
-EPYC), so at the default interval it is 0.1 to 3 % of the time. It reads what the step has computed and draws no random
-number, so a run with diagnostics ends in the same bits as one without.
+In tiers cpu and reference a look costs half a step to one and a half, and nine of the post's steps of 32 windows (CPU
+time on one core of an AMD EPYC), which at the default interval is 0.1 to 3 % of the time; in tier fused it is a step of
+autograd, whose cost is not measured. It changes nothing and leaves random numbers as they were, so a run with
+diagnostics ends in the same bits as one without.
 
 Of every level: a histogram of its activations, their mean and deviation, the share that is saturated, and how many
 channels are dead. Of every parameter: the norm of its gradient, and the norm of its update over that of the parameter,
@@ -27,7 +28,7 @@ LOOKS = 20  # at a training
 
 
 def default_interval(config: Config) -> int:
-    """Steps from one look to the next: 20 looks, or fewer where that would be more than 3 % of the time."""
+    """Steps from one look to the next: 20 looks, or fewer where they would take much of the time."""
     least = 300 if config.recipe.batch_of == "windows" else 200 if config.tier == "fused" else 50
     return max(least, config.steps // LOOKS)
 
